@@ -1,0 +1,42 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each sets up what it uses.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: setup demo test soak lint types contracts check clean
+
+$(VENV)/.demo: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing GMC-O (the first time takes a minute: hnswlib is compiled)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	@touch $@
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	@$(BIN)/gmco demo $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest -m 'not soak' $(ARGS)
+
+soak: setup
+	@$(BIN)/python -m pytest -m soak $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: setup
+	@$(BIN)/mypy
+
+contracts: setup
+	@$(BIN)/lint-imports
+
+check: lint types contracts
+
+clean:
+	rm -rf $(VENV) .demo build *.egg-info

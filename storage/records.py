@@ -1,0 +1,151 @@
+"""Records as values and as bytes. Pure: no files, no clock.
+
+Layout (little endian), the same bytes in every replica's log and on every stream:
+
+    offset  size  field
+         0     4  length           whole record with padding, a multiple of 8
+         4     4  header_check     low half of xxh3_64 over bytes 8..96, seeded with length
+         8     8  body_check       xxh3_64 over vector | class ids | metadata (not the padding)
+        16     8  epoch            in which this copy was logged
+        24     8  sequence         in the shard's log, from 1, without gaps
+        32    16  version          (epoch, sequence) of the first writing, kept when re-offered
+        48     8  timestamp_ns     wall clock, for people and for the age of write_ids only
+        56    16  write_id
+        72     8  id
+        80     1  operation
+        81     1  kind
+        82     2  class_count
+        84     4  vector_bytes
+        88     4  metadata_bytes
+        92     4  reserved, zero
+        96     …  vector (FP16) | class ids (u16 each, ascending) | metadata (msgpack) | zero padding to 8
+
+`header_check` stands apart from `body_check` so that a reader can trust `length` before it trusts the body: that is what
+tells a torn tail from damage (docs/wal.md).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+HEADER = struct.Struct("<IIQQQQQQ16sQBBHIII")
+HEADER_BYTES = HEADER.size
+RECORD_BYTES_MAX = 1 << 20
+METADATA_BYTES_MAX = 64 << 10
+CLASSES_MAX = 1_024
+NO_WRITE_ID = bytes(16)
+ID_MAX = (1 << 64) - 1
+
+assert HEADER_BYTES == 96
+
+
+class Kind(IntEnum):
+    NONE = 0  # a record about the shard itself (markers)
+    ITEM = 1
+    USER = 2
+
+
+class Operation(IntEnum):
+    PUT = 1
+    DELETE = 2
+    MARK = 3  # changes no row; reserved for epoch starts, purge floors, digest points
+
+
+class Version(NamedTuple):
+    """Greater wins, compared as a tuple."""
+
+    epoch: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One logged change. `vector` is raw FP16 bytes (2 · dim), or b"" for a delete or mark."""
+
+    epoch: int
+    sequence: int
+    version: Version
+    timestamp_ns: int
+    write_id: bytes
+    operation: Operation
+    kind: Kind
+    id: int
+    vector: bytes
+    classes: tuple[int, ...]
+    metadata: bytes
+    body_check: int
+
+
+class RecordError(ValueError):
+    """The bytes are not a whole, unharmed record."""
+
+
+def encode(
+    *,
+    epoch: int,
+    sequence: int,
+    version: Version | None = None,
+    timestamp_ns: int,
+    write_id: bytes = NO_WRITE_ID,
+    operation: Operation,
+    kind: Kind,
+    id: int,
+    vector: bytes = b"",
+    classes: Iterable[int] = (),
+    metadata: bytes = b"",
+) -> bytes:
+    """The record's bytes. `version` None: this is its first writing, so (epoch, sequence)."""
+    ids = sorted(classes)
+    body = b"".join((vector, struct.pack(f"<{len(ids)}H", *ids), metadata)) if ids else vector + metadata
+    epoch_v, sequence_v = version if version is not None else (epoch, sequence)
+    padding = -len(body) % 8
+    length = HEADER_BYTES + len(body) + padding
+    assert length <= RECORD_BYTES_MAX, "the server bounds what it lets in"
+    header = HEADER.pack(
+        length, 0, xxh3_64_intdigest(body), epoch, sequence, epoch_v, sequence_v, timestamp_ns, write_id,
+        id, operation, kind, len(ids), len(vector), len(metadata), 0,
+    )  # fmt: skip
+    check = header_check(header, length)
+    return b"".join((header[:4], check.to_bytes(4, "little"), header[8:], body, bytes(padding)))
+
+
+def header_check(header: bytes | memoryview, length: int) -> int:
+    return xxh3_64_intdigest(header[8:HEADER_BYTES], seed=length) & 0xFFFFFFFF
+
+
+def decode(data: bytes | memoryview, offset: int = 0) -> Record:
+    """The record at `offset`, verified. Raises RecordError."""
+    end = offset + HEADER_BYTES
+    if len(data) < end:
+        raise RecordError("shorter than a record header")
+    (
+        length, check, body_check, epoch, sequence, epoch_v, sequence_v, timestamp_ns, write_id,
+        id, operation, kind, class_count, vector_bytes, metadata_bytes, reserved,
+    ) = HEADER.unpack_from(data, offset)  # fmt: skip
+    if header_check(data[offset:end], length) != check or reserved:
+        raise RecordError("header checksum does not match")
+    split = end + vector_bytes
+    meta = split + 2 * class_count
+    stop = meta + metadata_bytes
+    if offset + length > len(data) or length != HEADER_BYTES + stop - end + (-(stop - end) % 8):
+        raise RecordError("length does not match")
+    if xxh3_64_intdigest(data[end:stop]) != body_check or any(data[stop : offset + length]):
+        raise RecordError("body checksum does not match")
+    try:
+        operation, kind = _OPERATIONS[operation], _KINDS[kind]
+    except KeyError as error:
+        raise RecordError(f"unknown operation {operation} or kind {kind}") from error
+    return Record(
+        epoch, sequence, Version(epoch_v, sequence_v), timestamp_ns, write_id, operation, kind, id,
+        bytes(data[end:split]), struct.unpack_from(f"<{class_count}H", data, split), bytes(data[meta:stop]), body_check,
+    )  # fmt: skip
+
+
+_OPERATIONS = {int(o): o for o in Operation}
+_KINDS = {int(k): k for k in Kind}
