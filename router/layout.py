@@ -5,7 +5,7 @@ Laws, in the order in which they win:
 1. A shard's replicas are on different members.
 2. They are spread over the regions as evenly as the regions' members allow.
 3. Within a region no member holds more than its fair share, rounded up. The fair share is by capacity, of
-   what that region holds; a member cannot hold a shard twice, so what a big one cannot take goes to the others.
+   what that region holds; what a big member cannot take, because it has every shard, goes to the others.
 4. Within a region they are in different zones, then on different hosts, where 3 leaves room for it.
 5. Primaries are shared out by capacity, as evenly as the replica sets allow.
 6. The order of `members` does not matter; a member that comes or goes moves few replicas.
@@ -71,8 +71,8 @@ def fair_shares(weights: dict[str, int], total: int, most: int) -> dict[str, Fra
 def place(members: Iterable[Member], shard_count: int, replication: int) -> list[Placement]:
     """The wished placement of every shard, in shard order, epoch 1.
 
-    With fewer members than `replication` every member holds every shard. Raises ValueError for no members, two
-    of one name, or numbers below 1.
+    With fewer members than `replication` every member holds every shard. Raises ValueError for no members,
+    two of one name, or numbers below 1.
     """
     ordered = sorted(members, key=lambda member: member.name)
     names = [member.name for member in ordered]
@@ -105,9 +105,9 @@ def _key(shard: int) -> str:
 class _Assignment:
     """Shards to bins: each shard in `demand[shard]` different bins, each bin at most `caps[bin]` shards.
 
-    When every shard asks for as many, the caps add up to the demand and none is above the number of shards that
-    ask, an assignment exists (Gale–Ryser) and augmenting paths find it. Unequal demands can have none, so `add`
-    says whether it succeeded.
+    When every shard asks for as many, the caps add up to the demand and none is above the number of shards
+    that ask, an assignment exists (Gale–Ryser) and augmenting paths find it. Unequal demands can have none:
+    `add` says whether it succeeded.
     """
 
     def __init__(self, shard_count: int, caps: dict[str, int]) -> None:
@@ -131,7 +131,7 @@ class _Assignment:
     def add(
         self, shard: int, walk: Sequence[str], key: Callable[[str], tuple[int, ...]] | None = None
     ) -> bool:
-        """One more bin: the first of the walk with room (by least `key`, if given), else by an augmenting path."""
+        """One more bin: the first of the walk with room (or of least `key`), else by an augmenting path."""
         free = [name for name in walk if name not in self.bins_of[shard] and self.has_room(name)]
         if free:
             self.put(shard, min(free, key=key) if key else free[0])
