@@ -1,0 +1,89 @@
+"""Vectors from the wire to what storage keeps: float16, unit length for cosine. Pure.
+
+A vector arrives as little endian FP16 or FP32 bytes or as a list of numbers. It is checked, scaled
+(its length is summed in float64, so that no FP32 vector overflows or vanishes) and only then rounded to FP16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from router.errors import RequestError
+from storage.config import Metric
+
+Dtype = Literal["f2", "f4"]
+Vectors = npt.NDArray[np.float16]
+
+_WIDTHS: dict[Dtype | None, tuple[int, ...]] = {None: (2, 4), "f2": (2,), "f4": (4,)}
+
+
+def from_wire(
+    raw: Sequence[Any], dim: int, metric: Metric, *, dtype: Dtype | None = None, path: str = "vector"
+) -> Vectors:
+    """float16 [len(raw), dim]. `path` names the i-th vector in errors, with `{}` where i belongs.
+
+    Raises RequestError: bad_type, wrong_dimension, bad_vector, zero_vector.
+    """
+    full = np.empty((len(raw), dim), np.float32)
+    if raw and all(type(v) is bytes for v in raw) and len({len(v) for v in raw}) == 1:
+        # The way of nearly every request: one join and one cast for all of them.
+        width = _width(raw[0], dim, dtype, path.format(0))
+        with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, not warned about
+            full[:] = np.frombuffer(b"".join(raw), f"<f{width}").reshape(len(raw), dim)
+    else:
+        for i, one in enumerate(raw):
+            full[i] = _one(one, dim, dtype, path.format(i))
+    return _finish(full, metric, path)
+
+
+def _width(raw: bytes, dim: int, dtype: Dtype | None, field: str) -> int:
+    for width in _WIDTHS[dtype]:
+        if len(raw) == width * dim:
+            return width
+    wanted = " or ".join(f"{width * dim} bytes (FP{8 * width})" for width in _WIDTHS[dtype])
+    raise RequestError("wrong_dimension", f"send {wanted} for {dim} dimensions, not {len(raw)} bytes", field)
+
+
+def _one(raw: Any, dim: int, dtype: Dtype | None, field: str) -> npt.NDArray[np.float32]:
+    if isinstance(raw, bytes):
+        with np.errstate(invalid="ignore"):
+            return np.frombuffer(raw, f"<f{_width(raw, dim, dtype, field)}").astype(np.float32)
+    if not isinstance(raw, list | tuple):
+        raise RequestError("bad_type", "send a vector as bytes or as a list of numbers", field)
+    if len(raw) != dim:
+        raise RequestError("wrong_dimension", f"send {dim} numbers, not {len(raw)}", field)
+    try:
+        numbers = msgspec.convert(raw, list[float])
+    except msgspec.ValidationError as error:
+        if "out of range" in str(error):
+            raise RequestError("bad_vector", "send finite numbers", field) from None
+        raise RequestError("bad_type", "send only numbers in a vector", field) from None
+    with np.errstate(over="ignore"):
+        return np.array(numbers, np.float64).astype(np.float32)
+
+
+def _finish(full: npt.NDArray[np.float32], metric: Metric, path: str) -> Vectors:
+    finite = np.isfinite(full).all(axis=1)
+    if not finite.all():
+        raise RequestError("bad_vector", "send finite numbers only", path.format(int(finite.argmin())))
+    if metric == "cosine":
+        wide = full.astype(np.float64)
+        lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+        if not lengths.all():
+            where = path.format(int((lengths != 0).argmin()))
+            raise RequestError("zero_vector", "a vector of zeros has no direction; leave it out", where)
+        full = (wide / lengths[:, None]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        half = full.astype(np.float16)
+    fits = np.isfinite(half).all(axis=1)
+    if not fits.all():
+        where = path.format(int(fits.argmin()))
+        raise RequestError(
+            "bad_vector", "a number is beyond what FP16 holds (±65504); scale the vector", where
+        )
+    return half
