@@ -1,0 +1,138 @@
+"""This node as the coordinator sees it: its own replicas, without a wire between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from node.commit import OverloadedError
+from node.lane import LaneAsk, SearchLane
+from node.shard import ShardActor
+from router.ports import NodeError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
+from router.requests import Session
+from router.ring import shard_of
+from storage.errors import StorageError
+from storage.records import Kind
+
+RETRY_AFTER_MS = 50
+
+
+class LocalNode:
+    """Answers for the shards whose actors it is given. Implements `router.ports.Node`."""
+
+    def __init__(self, shards: Mapping[int, ShardActor], lane: SearchLane, shard_count: int) -> None:
+        self._shards = shards
+        self._lane = lane
+        self._shard_count = shard_count
+
+    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+        failed: dict[int, str] = {}
+        shards = ask.shards
+        if ask.session:
+            failed = await self._behind(shards, ask.session, timeout_s)
+        replicas = []
+        for shard in shards:
+            actor = self._shards.get(shard)
+            if actor is None:
+                failed[shard] = "unavailable"
+            elif shard not in failed:
+                replicas.append(actor.replica)
+        try:
+            with trio.fail_after(timeout_s):
+                reply = await self._lane.search(
+                    LaneAsk(replicas, ask.query, ask.k, ask.constraint, ask.metadata)
+                )
+        except trio.TooSlowError as error:
+            raise NodeError("deadline_exceeded", "the search took longer than its time limit") from error
+        except OverloadedError as error:
+            raise NodeError("overloaded", str(error), RETRY_AFTER_MS) from error
+        return SearchReply(reply.ids, reply.scores, reply.metadata, {**failed, **reply.failed})
+
+    async def _behind(self, shards: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
+        """The shards that have not applied what the session has seen. Waits half the time: another may be ahead."""
+        behind: dict[int, str] = {}
+        deadline = trio.current_time() + timeout_s / 2
+        for shard, epoch, sequence in session:
+            actor = self._shards.get(shard)
+            if shard not in shards or actor is None:
+                continue
+            if not await actor.wait_applied(epoch, sequence, max(0.0, deadline - trio.current_time())):
+                behind[shard] = "session_behind"
+        return behind
+
+    async def _answering(self, ids: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
+        if not session:
+            return {}
+        return await self._behind([shard_of(i, self._shard_count) for i in ids], session, timeout_s)
+
+    async def get(
+        self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
+    ) -> list[StoredRecord | str | None]:
+        behind = await self._answering(ids, session, timeout_s)
+        return [self._get(kind, id_, behind) for id_ in ids]
+
+    def _get(self, kind: Kind, id_: int, behind: Mapping[int, str]) -> StoredRecord | str | None:
+        shard = shard_of(id_, self._shard_count)
+        actor = self._shards.get(shard)
+        if actor is None:
+            return "unavailable"
+        if shard in behind:
+            return behind[shard]
+        try:
+            row = actor.replica.get(kind, id_)
+        except StorageError as error:
+            return error.code
+        return (
+            None if row is None else StoredRecord(tuple(row.version), row.vector, row.classes, row.metadata)
+        )
+
+    async def score(
+        self,
+        query: npt.NDArray[np.float16],
+        ids: Sequence[int],
+        metadata: bool,
+        session: Session,
+        timeout_s: float,
+    ) -> list[tuple[float, bytes] | str | None]:
+        """Exact scores, as a search would give them: FP16 products summed in float64, rounded to float32."""
+        behind = await self._answering(ids, session, timeout_s)
+        wide = query.astype(np.float64)
+        out: list[tuple[float, bytes] | str | None] = []
+        for id_ in ids:
+            record = self._get(Kind.ITEM, id_, behind)
+            if isinstance(record, StoredRecord):
+                vector = np.frombuffer(record.vector, np.float16).astype(np.float64)
+                score = float(np.float32(np.add.reduce(vector * wide)))
+                out.append((score, record.metadata if metadata else b""))
+            else:
+                out.append(record)
+        return out
+
+    async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
+        replies: list[WriteReply] = []
+
+        async def one(ask: WriteAsk) -> None:
+            replies.append(await self._write(ask, timeout_s))
+
+        if len(asks) == 1:
+            await one(asks[0])
+        else:
+            async with trio.open_nursery() as nursery:
+                for ask in asks:
+                    nursery.start_soon(one, ask)
+        return replies
+
+    async def _write(self, ask: WriteAsk, timeout_s: float) -> WriteReply:
+        actor = self._shards.get(ask.shard)
+        if actor is None:
+            return WriteReply(ask.shard, 0, 0, ("no_primary", f"shard {ask.shard} is not on this node", None))
+        try:
+            version = await actor.write(ask.changes, ask.ack, ask.write_id, timeout_s)
+        except OverloadedError as error:
+            return WriteReply(ask.shard, 0, 0, ("overloaded", str(error), RETRY_AFTER_MS))
+        except NodeError as error:
+            return WriteReply(ask.shard, 0, 0, (error.code, error.message, error.retry_after_ms))
+        return WriteReply(ask.shard, version.epoch, version.sequence, None)

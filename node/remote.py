@@ -1,0 +1,198 @@
+"""Another node over the peer link, and what we answer when another node asks. The two ends of each message stand side by side.
+
+Bodies are msgpack lists, in this order:
+  search  [shards, query FP16, k, [all, any, exclude], metadata, session, time left ms] → [ids u64, scores f32, metadata | nil, failed]
+  get     [kind, [id…], session, time left ms] → [[version, vector, classes, metadata] | nil | code …]
+  score   [query FP16, [id…], metadata, session, time left ms] → [[score, metadata] | nil | code …]
+  write   [[shard, [[operation, kind, id, vector, classes, metadata]…], ack, write_id]…, time left ms] → [[shard, epoch, sequence, error]…]
+  pull    [shard, after, max bytes, wait ms] → [epoch, primary's last, lag ms, raw records]
+  status  [] → this node's own part of `status`
+Time left travels, not wall clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from node.local import RETRY_AFTER_MS, LocalNode
+from node.peerlink import (
+    PeerGoneError,
+    PeerLink,
+    PeerOverloadedError,
+    PeerTimeoutError,
+    PeerTooLargeError,
+    RemoteError,
+)
+from node.shard import ShardActor
+from router.ports import (
+    Change,
+    NodeError,
+    NodeGoneError,
+    SearchAsk,
+    SearchReply,
+    StoredRecord,
+    WriteAsk,
+    WriteReply,
+)
+from router.requests import Session
+from storage.errors import StorageError
+from storage.records import Kind, Operation
+from storage.view import ClassConstraint
+
+PULL_BYTES_MAX = 4 << 20
+PULL_WAIT_MS_MAX = 5_000
+# A reply in flight may come a little after its own time limit; better late than asked again.
+GRACE_S = 0.02
+
+
+class RemoteNode:
+    """Implements `router.ports.Node` over a PeerLink."""
+
+    def __init__(self, name: str, link: PeerLink) -> None:
+        self._name = name
+        self._link = link
+
+    async def _call(self, op: str, body: list[Any], timeout_s: float) -> Any:
+        try:
+            return await self._link.call(op, [*body, int(timeout_s * 1000)], timeout_s + GRACE_S)
+        except PeerGoneError as error:
+            raise NodeGoneError(self._name, sent=error.sent) from error
+        except PeerTimeoutError as error:
+            raise NodeError("deadline_exceeded", f"node {self._name} did not answer in time") from error
+        except PeerOverloadedError as error:
+            raise NodeError("overloaded", str(error), RETRY_AFTER_MS) from error
+        except PeerTooLargeError as error:
+            raise NodeError("too_large", str(error)) from error
+        except RemoteError as error:
+            raise NodeError(error.code, error.message, error.retry_after_ms) from error
+
+    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+        limit = ask.constraint
+        ids, scores, metadata, failed = await self._call(
+            "search",
+            [
+                ask.shards,
+                ask.query.tobytes(),
+                ask.k,
+                [limit.require_all, limit.require_any, limit.exclude],
+                ask.metadata,
+                ask.session,
+            ],
+            timeout_s,
+        )
+        return SearchReply(np.frombuffer(ids, "<u8"), np.frombuffer(scores, "<f4"), metadata, failed)
+
+    async def get(
+        self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
+    ) -> list[StoredRecord | str | None]:
+        found = await self._call("get", [int(kind), ids, session], timeout_s)
+        return [
+            StoredRecord((one[0][0], one[0][1]), one[1], tuple(one[2]), one[3])
+            if isinstance(one, list)
+            else one
+            for one in found
+        ]
+
+    async def score(
+        self,
+        query: npt.NDArray[np.float16],
+        ids: Sequence[int],
+        metadata: bool,
+        session: Session,
+        timeout_s: float,
+    ) -> list[tuple[float, bytes] | str | None]:
+        found = await self._call("score", [query.tobytes(), ids, metadata, session], timeout_s)
+        return [(one[0], one[1]) if isinstance(one, list) else one for one in found]
+
+    async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
+        body = [[ask.shard, [tuple(change) for change in ask.changes], ask.ack, ask.write_id] for ask in asks]
+        replies = await self._call("write", [body], timeout_s)
+        return [WriteReply(r[0], r[1], r[2], None if r[3] is None else tuple(r[3])) for r in replies]
+
+
+def handlers(
+    local: LocalNode, shards: Mapping[int, ShardActor], status: Callable[[], dict[str, Any]]
+) -> dict[str, Callable[[str, Any], Awaitable[Any]]]:
+    """What this node answers to its peers, by op. Errors leave as RemoteError with their code."""
+
+    async def search(peer: str, body: Any) -> Any:
+        wanted, query, k, (every, some, none), metadata, session, left_ms = body
+        ask = SearchAsk(
+            tuple(wanted),
+            np.frombuffer(query, np.float16),
+            k,
+            ClassConstraint(tuple(every), tuple(some), tuple(none)),
+            metadata,
+            tuple((s, e, n) for s, e, n in session),
+        )
+        reply = await local.search(ask, left_ms / 1000)
+        return [reply.ids.tobytes(), reply.scores.tobytes(), reply.metadata, reply.failed]
+
+    async def get(peer: str, body: Any) -> Any:
+        kind, ids, session, left_ms = body
+        return await local.get(Kind(kind), ids, tuple((s, e, n) for s, e, n in session), left_ms / 1000)
+
+    async def score(peer: str, body: Any) -> Any:
+        query, ids, metadata, session, left_ms = body
+        tokens = tuple((s, e, n) for s, e, n in session)
+        return await local.score(np.frombuffer(query, np.float16), ids, metadata, tokens, left_ms / 1000)
+
+    async def write(peer: str, body: Any) -> Any:
+        asks, left_ms = body
+        return await local.write(
+            [
+                WriteAsk(
+                    shard,
+                    [
+                        Change(Operation(operation), Kind(kind), id_, vector, tuple(classes), metadata)
+                        for operation, kind, id_, vector, classes, metadata in changes
+                    ],
+                    ack,
+                    write_id,
+                )
+                for shard, changes, ack, write_id in asks
+            ],
+            left_ms / 1000,
+        )
+
+    async def pull(peer: str, body: Any) -> Any:
+        shard, after, max_bytes, wait_ms, _left_ms = body
+        actor = shards.get(shard)
+        if actor is None or not actor.primary:
+            raise RemoteError("no_primary", f"this node is not the primary of shard {shard}")
+        try:
+            return await actor.serve_pull(
+                peer, after, min(max_bytes, PULL_BYTES_MAX), min(wait_ms, PULL_WAIT_MS_MAX) / 1000
+            )
+        except StorageError as error:
+            raise RemoteError(error.code, str(error)) from error
+
+    async def tell_status(peer: str, body: Any) -> Any:
+        return status()
+
+    return {
+        "search": _coded(search),
+        "get": _coded(get),
+        "score": _coded(score),
+        "write": _coded(write),
+        "pull": _coded(pull),
+        "status": _coded(tell_status),
+    }
+
+
+def _coded(handler: Callable[[str, Any], Awaitable[Any]]) -> Callable[[str, Any], Awaitable[Any]]:
+    """A peer of a newer or broken version may send a body that we cannot read: that is its fault, and coded so."""
+
+    async def coded(peer: str, body: Any) -> Any:
+        try:
+            return await handler(peer, body)
+        except NodeError as error:
+            raise RemoteError(error.code, error.message, retry_after_ms=error.retry_after_ms) from error
+        except (TypeError, ValueError) as error:
+            raise RemoteError("bad_request", f"the message could not be read: {error}") from error
+
+    return coded

@@ -1,0 +1,107 @@
+"""What a primary knows of its voters, and what a follower does next. Pure.
+
+Laws:
+* `durable-before-stream`: a voter's position moves only by what it names in a pull, and it names only what it has fsynced.
+* positions never go back within one epoch: an old pull that arrives late changes nothing.
+* `quorum` is a majority of all voters, the dead ones counted; `all` is every voter.
+* a follower appends a reply only if it begins right after its own last sequence (`no-gaps`) and its epoch is not lower.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from storage.records import Version
+
+Ack = Literal["primary", "quorum", "all"]
+MARKS_MAX = 1_024
+
+
+@dataclass(slots=True)
+class Progress:
+    """The primary's picture of one shard: how far each voter's disk is."""
+
+    name: str
+    voters: tuple[str, ...]
+    positions: dict[str, int] = field(default_factory=dict)
+    # (sequence, monotonic seconds at which the primary passed it), for lag in time; bounded, so very old lag is a floor.
+    _marks: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MARKS_MAX))
+
+    def durable(self, sequence: int, now: float) -> None:
+        """The primary's own disk has everything to `sequence`."""
+        self.positions[self.name] = max(sequence, self.positions.get(self.name, 0))
+        self._marks.append((sequence, now))
+
+    def named(self, voter: str, sequence: int) -> None:
+        """A voter said that its disk has everything to `sequence`. Others than voters do not count."""
+        if voter in self.voters:
+            self.positions[voter] = max(sequence, self.positions.get(voter, 0))
+
+    def reached(self, ack: Ack) -> int:
+        """The greatest sequence that satisfies `ack`."""
+        if ack == "primary":
+            return self.positions.get(self.name, 0)
+        held = sorted((self.positions.get(voter, 0) for voter in self.voters), reverse=True)
+        return held[-1] if ack == "all" else held[len(held) // 2]
+
+    def count(self, sequence: int) -> int:
+        """How many voters' disks hold `sequence`."""
+        return sum(self.positions.get(voter, 0) >= sequence for voter in self.voters)
+
+    def lag_ms(self, sequence: int, now: float) -> int:
+        """How long ago the primary passed `sequence` with something newer; 0 when nothing newer exists."""
+        for passed, at in self._marks:
+            if passed > sequence:
+                return int((now - at) * 1000)
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Append the reply's records, fsync, apply; only then pull again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullAgain:
+    """Nothing new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Drop the reply and wait before the next pull."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """Stop following: our log holds what the primary's does not."""
+
+    reason: str
+
+
+Step = Take | PullAgain | Refuse | Diverged
+
+
+def on_pull_reply(
+    *, epoch: int, last: Version, reply_epoch: int, primary_last: int, first: int | None, count: int
+) -> Step:
+    """What a follower in `epoch`, whose log ends at `last`, does with a reply.
+
+    `first` is the sequence of the reply's first record (None: no records), `primary_last` where the primary's log ends.
+    """
+    if reply_epoch < epoch:
+        return Refuse(f"the reply is of epoch {reply_epoch}, ours is {epoch}")
+    if primary_last < last.sequence:
+        return Diverged(
+            f"our log ends at {last.sequence}, the primary's at {primary_last}: the primary has lost records that we hold"
+        )
+    if first is None:
+        return PullAgain()
+    if first != last.sequence + 1:
+        return Refuse(f"the reply begins at {first}, our log ends at {last.sequence}")
+    if primary_last < first + count - 1:
+        return Refuse("the reply holds more than the primary says it has")
+    return Take()

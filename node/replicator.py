@@ -1,0 +1,123 @@
+"""The pull stream: one loop per shard that this node follows. The shell of node/replication.py."""
+
+from __future__ import annotations
+
+from random import Random
+
+import structlog
+import trio
+
+from node import replication
+from node.peerlink import PeerGoneError, PeerLink, PeerTimeoutError, RemoteError
+from node.shard import ShardActor
+from storage import records
+from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError
+from storage.records import HEADER, Record, RecordError
+
+log = structlog.get_logger(__name__)
+
+PULL_BYTES = 1 << 20
+WAIT_MS = 1_000
+CALL_S = 5.0
+BACKOFF_S = (0.1, 2.0)
+LAGGING_MS = 2_000
+
+
+class Replicator:
+    """Follows one shard's primary. An actor: `run` never returns unless the logs have diverged."""
+
+    def __init__(self, actor: ShardActor, link: PeerLink, random: Random) -> None:
+        self._actor = actor
+        self._link = link
+        self._random = random
+        self._failures = 0
+        self.state = "starting"
+        self.behind = 0
+        self.lag_ms = 0
+        self._heard = trio.current_time()
+
+    @property
+    def lagging(self) -> bool:
+        """Behind by more than the routing bound, by the primary's clock. A silent primary does not make us lag:
+        nobody can write then."""
+        return self.behind > 0 and self.lag_ms > LAGGING_MS
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        shard = self._actor.shard
+        while True:
+            try:
+                step = await self._pull()
+            except (PeerGoneError, PeerTimeoutError):
+                self.state = "primary silent"
+                await self._back_off()
+                continue
+            except RemoteError as error:
+                self.state = f"refused: {error.code}"
+                log.warning("pull refused", shard=shard, code=error.code, reason=error.message)
+                await self._back_off()
+                continue
+            except DiskFullError as error:
+                self.state = "disk full"
+                log.warning("cannot follow", shard=shard, code=error.code, reason=str(error))
+                await self._back_off()
+                continue
+            if isinstance(step, replication.Diverged):
+                self.state = "diverged"
+                log.error("diverged", shard=shard, reason=step.reason)
+                await trio.sleep_forever()
+            if isinstance(step, replication.Refuse):
+                self.state = f"refused: {step.reason}"
+                log.warning("pull reply dropped", shard=shard, reason=step.reason)
+                await self._back_off()
+                continue
+            self.state = "following"
+            self._failures = 0
+
+    async def _back_off(self) -> None:
+        low, high = BACKOFF_S
+        limit = min(high, low * 2 ** min(self._failures, 10))
+        self._failures += 1
+        await trio.sleep(limit * (0.5 + self._random.random() / 2))
+
+    async def _pull(self) -> replication.Step:
+        actor = self._actor
+        last = actor.replica.position
+        epoch, primary_last, lag_ms, data = await self._link.call(
+            "pull", [actor.shard, last.sequence, PULL_BYTES, WAIT_MS, int(CALL_S * 1000)], CALL_S
+        )
+        try:
+            blobs, batch = _split(data)
+        except RecordError as error:
+            return replication.Refuse(f"a streamed record is damaged: {error}")
+        step = replication.on_pull_reply(
+            epoch=actor.epoch,
+            last=last,
+            reply_epoch=epoch,
+            primary_last=primary_last,
+            first=batch[0].sequence if batch else None,
+            count=len(batch),
+        )
+        if isinstance(step, replication.Take):
+            try:
+                await actor.follow(blobs, batch)
+            except ReplicaStoppedError as error:
+                # Never again into the dark: the process stops, loudly, through the supervisor.
+                raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
+        self.behind = primary_last - actor.replica.position.sequence
+        self.lag_ms = lag_ms if self.behind else 0
+        return step
+
+
+def _split(data: bytes) -> tuple[list[bytes], list[Record]]:
+    """The stream's records as bytes and as values, each verified."""
+    blobs: list[bytes] = []
+    batch: list[Record] = []
+    offset = 0
+    while offset < len(data):
+        record = records.decode(data, offset)
+        (length, *_) = HEADER.unpack_from(data, offset)
+        blobs.append(data[offset : offset + length])
+        batch.append(record)
+        offset += length
+    return blobs, batch

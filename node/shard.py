@@ -1,0 +1,261 @@
+"""The shard actor: the only writer of one replica. Searches do not pass through here; they read `replica.view`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import structlog
+import trio
+from storage.replica import Replica
+
+from node.blocking import Runner
+from node.commit import GroupCommit
+from node.replication import Progress
+from router.layout import Placement
+from router.ports import Change, NodeError
+from storage import records
+from storage.errors import DamagedError, DiskFullError, IndexingError, ReplicaStoppedError, StorageError
+from storage.records import Operation, Record, Version
+
+log = structlog.get_logger(__name__)
+
+MAINTENANCE_S = 1.0
+BUILD_STEP_S = 0.05
+# Between two steps of the graph builder the search lane gets its turn.
+BUILD_REST_S = 0.005
+
+
+class WriteItem(NamedTuple):
+    """One client's changes for this shard."""
+
+    changes: Sequence[Change]
+    write_id: bytes
+
+
+class ShardActor:
+    """Owns one replica: group commit, apply, checkpoints, graph building, compaction.
+
+    One lock (`_writing`) keeps append-and-apply, and the short ends of checkpoint and compaction, from each other.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        placement: Placement,
+        *,
+        name: str,
+        log_runner: Runner,
+        maintenance_runner: Runner,
+        queue_max: int,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.replica = replica
+        self.placement = placement
+        self.primary = placement.primary == name
+        self.progress = Progress(name, placement.voters)
+        self.progress.durable(replica.position.sequence, 0.0)
+        # A static placement keeps its epoch; what is on disk may be of that epoch or older, never newer.
+        self.epoch = placement.epoch
+        self._log_runner = log_runner
+        self._maintenance_runner = maintenance_runner
+        self._now_ns = now_ns
+        self._writing = trio.Lock()
+        self._commit: GroupCommit[WriteItem, Version] = GroupCommit(self._flush, waiting_max=queue_max)
+        self._moved = trio.Event()
+        self._acked = trio.Event()
+        self.counters = {"writes": 0, "records": 0, "deduplicated": 0, "refused": 0, "batches": 0}
+
+    @property
+    def shard(self) -> int:
+        return self.placement.shard
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._commit.run)
+            nursery.start_soon(self._maintain)
+            task_status.started()
+
+    # -- writing as primary ---------------------------------------------------------------------------------------
+
+    async def write(self, changes: Sequence[Change], ack: str, write_id: bytes, timeout_s: float) -> Version:
+        """The position of the last change, once it is as durable as `ack` asks. Raises NodeError."""
+        if not self.primary:
+            raise NodeError("no_primary", f"shard {self.shard} is not written here; its primary is elsewhere")
+        if ack not in ("primary", "quorum", "all"):
+            raise NodeError("bad_request", f"ack {ack!r} is not one of primary, quorum, all")
+        deadline = trio.current_time() + timeout_s
+        version = await self._commit.submit(WriteItem(changes, write_id))
+        while self.progress.reached(ack) < version.sequence:  # type: ignore[arg-type]  # checked above
+            acked = self._acked
+            left = deadline - trio.current_time()
+            with trio.move_on_after(max(0.0, left)) as scope:
+                await acked.wait()
+            if scope.cancelled_caught:
+                count = self.progress.count(version.sequence)
+                raise NodeError(
+                    "ack_timeout",
+                    f"written, but only {count} of {len(self.placement.voters)} replicas of shard {self.shard} have "
+                    f"acknowledged it in time for ack={ack}; it stays written",
+                )
+        return version
+
+    async def _flush(self, items: list[WriteItem]) -> list[Version | Exception]:
+        """One group commit: sequences given, one append with one fdatasync, then applied, then answered."""
+        async with self._writing:
+            results, blobs, rows = self._encode(items)
+            if blobs:
+                try:
+                    await self._log_runner(self.replica.append, blobs, rows)
+                except StorageError as error:
+                    self.counters["refused"] += len(items)
+                    refused = _refusal(error)
+                    # What was answered from the log already needs no disk.
+                    applied = self.replica.position
+                    return [r if isinstance(r, Exception) or r <= applied else refused for r in results]
+                self._apply([records.decode(blob) for blob in blobs])
+            self.counters["writes"] += len(items)
+            return results
+
+    def _encode(self, items: list[WriteItem]) -> tuple[list[Version | Exception], list[bytes], int]:
+        results: list[Version | Exception] = []
+        blobs: list[bytes] = []
+        rows = 0
+        sequence = self.replica.position.sequence
+        now = self._now_ns()
+        # A retry may wait in the same batch as its first try.
+        here: dict[bytes, tuple[Version, int]] = {}
+        for changes, write_id in items:
+            before = here.get(write_id) or self.replica.written(write_id)
+            done = min(before[1], len(changes)) if before else 0
+            self.counters["deduplicated"] += done
+            todo = changes[done:]
+            if not todo:
+                assert before is not None
+                results.append(before[0])
+                continue
+            new = sum(change.operation is Operation.PUT for change in todo)
+            try:
+                self.replica.check_room(rows + new)
+            except IndexingError as error:
+                results.append(NodeError(error.code, str(error), error.retry_after_ms))
+                continue
+            rows += new
+            for change in todo:
+                sequence += 1
+                blobs.append(
+                    records.encode(
+                        epoch=self.epoch,
+                        sequence=sequence,
+                        timestamp_ns=now,
+                        write_id=write_id,
+                        operation=change.operation,
+                        kind=change.kind,
+                        id=change.id,
+                        vector=change.vector,
+                        classes=change.classes,
+                        metadata=change.metadata,
+                    )
+                )
+            version = Version(self.epoch, sequence)
+            results.append(version)
+            if write_id != records.NO_WRITE_ID:
+                here[write_id] = (version, done + len(todo))
+        return results, blobs, rows
+
+    def _apply(self, batch: list[Record]) -> None:
+        self.replica.apply(batch)
+        self.counters["batches"] += 1
+        self.counters["records"] += len(batch)
+        self.progress.durable(self.replica.position.sequence, trio.current_time())
+        self._moved.set()
+        self._moved = trio.Event()
+        self._wake_ackers()
+
+    def _wake_ackers(self) -> None:
+        self._acked.set()
+        self._acked = trio.Event()
+
+    # -- the pull stream ------------------------------------------------------------------------------------------
+
+    async def serve_pull(
+        self, follower: str, after: int, max_bytes: int, wait_s: float
+    ) -> tuple[int, int, int, bytes]:
+        """For a follower whose disk has everything to `after`: (epoch, our last, its lag in ms, raw records)."""
+        self.progress.named(follower, after)
+        self._wake_ackers()
+        deadline = trio.current_time() + wait_s
+        while self.replica.position.sequence <= after:
+            moved = self._moved
+            with trio.move_on_at(deadline) as scope:
+                await moved.wait()
+            if scope.cancelled_caught:
+                break
+        data = b""
+        if self.replica.position.sequence > after:
+            data = self.replica.read_log(after, max_bytes)
+        return (
+            self.epoch,
+            self.replica.position.sequence,
+            self.progress.lag_ms(after, trio.current_time()),
+            data,
+        )
+
+    async def follow(self, blobs: list[bytes], batch: list[Record]) -> None:
+        """Append records that a primary streamed, and apply them. Raises StorageError."""
+        async with self._writing:
+            rows = sum(record.operation is Operation.PUT for record in batch)
+            await self._log_runner(self.replica.append, blobs, rows)
+            self._apply(batch)
+
+    async def wait_applied(self, epoch: int, sequence: int, timeout_s: float) -> bool:
+        """Whether this replica has applied (epoch, sequence) within `timeout_s`."""
+        with trio.move_on_after(timeout_s):
+            while self.replica.position < (epoch, sequence):
+                await self._moved.wait()
+            return True
+        return False
+
+    # -- background work ------------------------------------------------------------------------------------------
+
+    async def _maintain(self) -> None:
+        """Checkpoints, then compaction, then graph building, one at a time, in threads."""
+        while True:
+            try:
+                if self.replica.checkpoint_due():
+                    await self.checkpoint()
+                if self.replica.compaction_due():
+                    await self._compact()
+                more = await self._maintenance_runner(
+                    self.replica.engine.build, self.replica.view, BUILD_STEP_S
+                )
+            except DamagedError:
+                raise
+            except (DiskFullError, ReplicaStoppedError) as error:
+                # Nothing is lost: the log holds everything. Try again when there may be room.
+                log.warning("maintenance put off", shard=self.shard, code=error.code, reason=str(error))
+                more = False
+            await trio.sleep(BUILD_REST_S if more else MAINTENANCE_S)
+
+    async def checkpoint(self) -> None:
+        """Bring table and vectors up to the log. Safe beside writes; only the ends hold the lock."""
+        async with self._writing:
+            job = self.replica.begin_checkpoint()
+        await self._maintenance_runner(job.run)
+        async with self._writing:
+            self.replica.finish_checkpoint(job)
+
+    async def _compact(self) -> None:
+        async with self._writing:
+            job = self.replica.begin_compaction()
+        await self._maintenance_runner(job.run)
+        async with self._writing:
+            await self._maintenance_runner(job.commit)
+            self.replica.finish_compaction(job)
+        log.info("compacted", shard=self.shard, rows=self.replica.view.rows)
+
+
+def _refusal(error: StorageError) -> NodeError:
+    retry = 1_000 if isinstance(error, DiskFullError) else None
+    return NodeError(error.code, str(error), retry)

@@ -1,0 +1,336 @@
+"""One request of an app, from its parsed form to its reply. The shell over ring, coverage and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from router import coverage, merge, requests
+from router.errors import RequestError
+from router.ports import Cluster, NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord
+from router.requests import Session
+from router.ring import shard_of
+from router.wire import Columns
+from router.writing import Writer
+from storage.records import Kind
+
+Query = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """Time limits of a request, in milliseconds, and how often a shard is tried on another replica."""
+
+    deadline_ms: int = 1_000
+    try_ms: int = 400
+    retries: int = 2
+    write_deadline_ms: int = 10_000
+
+
+class Found:
+    """What a fan-out brought."""
+
+    __slots__ = ("columns", "missing", "reasons", "total")
+
+    def __init__(self, columns: Columns, missing: list[int], total: int, reasons: dict[int, str]) -> None:
+        self.columns, self.missing, self.total, self.reasons = columns, missing, total, reasons
+
+    def coverage(self) -> dict[str, Any]:
+        answer: dict[str, Any] = {
+            "answered": self.total - len(self.missing),
+            "total": self.total,
+            "missing": sorted(self.missing),
+        }
+        if self.missing:
+            answer["reason"] = next(
+                (self.reasons[s] for s in self.missing if s in self.reasons), "unavailable"
+            )
+        return answer
+
+
+class Coordinator:
+    """Answers parsed requests over a `Cluster`. Holds no state but counters."""
+
+    def __init__(self, cluster: Cluster, config: RouterConfig, *, metric: str) -> None:
+        self._cluster = cluster
+        self._config = config
+        self._metric = metric
+        self._writer = Writer(cluster, config.write_deadline_ms / 1000)
+        self._all = tuple(range(cluster.shard_count))
+        self._answers: dict[type, Callable[[Any], Awaitable[dict[str, Any]]]] = {
+            requests.Recommend: self._recommend,
+            requests.Similar: self._similar,
+            requests.Search: self._search,
+            requests.Batch: self._batch,
+            requests.Get: self._get,
+            requests.Put: self._writer.put,
+            requests.Delete: self._writer.delete,
+            requests.Status: self._status,
+        }
+        self.counters = {"retries": 0, "partial": 0}
+
+    def statistics(self) -> dict[str, int]:
+        return dict(self.counters)
+
+    async def handle(self, request: object) -> dict[str, Any]:
+        """The reply's fields. Raises RequestError."""
+        return await self._answers[type(request)](request)
+
+    # -- the ops ------------------------------------------------------------------------------------------------
+
+    async def _status(self, request: requests.Status) -> dict[str, Any]:
+        return self._cluster.status()
+
+    async def _search(self, request: requests.Search) -> dict[str, Any]:
+        return self._reply(await self._find(request.vector, request))
+
+    async def _recommend(self, request: requests.Recommend) -> dict[str, Any]:
+        deadline = self._deadline(request.timeout_ms)
+        user = await self._one_user(request.user_id, deadline, request.session)
+        query = np.frombuffer(user.vector, np.float16)
+        return self._reply(await self._find(query, request, deadline))
+
+    async def _similar(self, request: requests.Similar) -> dict[str, Any]:
+        deadline = self._deadline(request.timeout_ms)
+        given = [*request.positive, *request.negative]
+        records = await self.look_up(Kind.ITEM, given, deadline, request.session)
+        sign = [1.0] * len(request.positive) + [-1.0 / max(1, len(request.negative))] * len(request.negative)
+        mean = np.zeros(0, np.float32)
+        for media_id, record, weight in zip(given, records, sign, strict=True):
+            if not isinstance(record, StoredRecord):
+                raise _missing_record("unknown_item", "media_id", media_id, record)
+            vector = np.frombuffer(record.vector, np.float16).astype(np.float32)
+            weight = weight / len(request.positive) if weight > 0 else weight
+            mean = vector * weight if not mean.size else mean + vector * weight
+        if self._metric == "cosine":
+            norm = float(np.linalg.norm(mean))
+            if norm == 0.0:
+                raise RequestError("zero_vector", "the given items cancel each other out", "negative")
+            mean /= norm
+        found = await self._find(mean.astype(np.float16), request, deadline, drop=frozenset(given))
+        return self._reply(found)
+
+    async def _batch(self, request: requests.Batch) -> dict[str, Any]:
+        deadline = self._deadline(request.timeout_ms)
+        user = await self._one_user(request.user_id, deadline, request.session)
+        query = np.frombuffer(user.vector, np.float16)
+
+        async def ask(node: str, ids: Sequence[int], timeout_s: float) -> Sequence[Any]:
+            return await self._cluster.node(node).score(
+                query, ids, request.metadata, request.session, timeout_s
+            )
+
+        scored = await self._scatter(list(dict.fromkeys(request.media_ids)), ask, deadline)
+        shard_count = self._cluster.shard_count
+        lost = {shard_of(i, shard_count): str(v) for i, v in scored.items() if isinstance(v, str)}
+        good = sorted(
+            ((i, v) for i, v in scored.items() if isinstance(v, tuple)),
+            key=lambda pair: (-pair[1][0], pair[0]),
+        )
+        columns = Columns(
+            np.array([i for i, _ in good], np.uint64),
+            np.array([v[0] for _, v in good], np.float32),
+            [v[1] for _, v in good] if request.metadata else None,
+        )
+        asked = {shard_of(i, shard_count) for i in scored}
+        reply = self._reply(Found(columns, list(lost), len(asked), lost))
+        reply["unknown"] = [i for i, v in scored.items() if v is None]
+        return reply
+
+    async def _get(self, request: requests.Get) -> dict[str, Any]:
+        records = await self.look_up(
+            request.kind, request.ids, self._deadline(request.timeout_ms), request.session
+        )
+        out: list[dict[str, Any] | None] = []
+        for id_, record in zip(request.ids, records, strict=True):
+            if isinstance(record, str):
+                raise _missing_record("", "ids", id_, record)
+            if record is None:
+                out.append(None)
+                continue
+            entry: dict[str, Any] = {
+                "id": id_,
+                "version": list(record.version),
+                "classes": list(record.classes),
+                "metadata": record.metadata,
+            }
+            if request.vector:
+                entry["vector"] = record.vector
+            out.append(entry)
+        return {"records": out}
+
+    # -- fan-out ------------------------------------------------------------------------------------------------
+
+    def _deadline(self, timeout_ms: float | None) -> float:
+        return trio.current_time() + (timeout_ms or self._config.deadline_ms) / 1000
+
+    def _candidates(self, shard: int, failed: set[tuple[str, int]]) -> list[str]:
+        """Live replicas of a shard, level ones before lagging ones, in the placement's order."""
+        cluster = self._cluster
+        names = [n for n in cluster.placement(shard).voters if (n, shard) not in failed and cluster.alive(n)]
+        level = [n for n in names if not cluster.lagging(n, shard)]
+        return level or names
+
+    def _assign(
+        self, shards: Sequence[int], failed: set[tuple[str, int]]
+    ) -> tuple[dict[str, list[int]], list[int]]:
+        return coverage.cover(shards, lambda shard: self._candidates(shard, failed), self._cluster.local)
+
+    def _try_s(self, deadline: float) -> float:
+        """Time for the next try. The last bit of a deadline is not worth a message."""
+        return min(self._config.try_ms / 1000, deadline - trio.current_time())
+
+    async def _find(
+        self,
+        query: Query,
+        request: requests.Query,
+        deadline: float | None = None,
+        drop: frozenset[int] = frozenset(),
+    ) -> Found:
+        """The best k over all shards, `drop` left out. Each node answers for all its asked shards in one message."""
+        deadline = deadline or self._deadline(request.timeout_ms)
+        k = request.k + len(drop)
+        parts: list[SearchReply] = []
+        reasons: dict[int, str] = {}
+        failed: set[tuple[str, int]] = set()
+        missing: list[int] = []
+        todo: Sequence[int] = self._all
+
+        async def ask(name: str, shards: list[int], timeout_s: float) -> None:
+            try:
+                reply = await self._cluster.node(name).search(
+                    SearchAsk(tuple(shards), query, k, request.constraint, request.metadata, request.session),
+                    timeout_s,
+                )
+            except (NodeGoneError, NodeError) as error:
+                code = error.code if isinstance(error, NodeError) else "unavailable"
+                lost = dict.fromkeys(shards, code)
+            else:
+                parts.append(reply)
+                lost = reply.failed
+            reasons.update(lost)
+            failed.update((name, shard) for shard in lost)
+            again.extend(lost)
+
+        for attempt in range(self._config.retries + 1):
+            again: list[int] = []
+            assigned, unanswerable = self._assign(todo, failed)
+            missing += unanswerable
+            timeout_s = self._try_s(deadline)
+            if timeout_s <= 0:
+                missing += [shard for shards in assigned.values() for shard in shards]
+                break
+            self.counters["retries"] += attempt > 0
+            if len(assigned) == 1:  # no tasks for what needs none
+                await ask(*next(iter(assigned.items())), timeout_s)
+            elif assigned:
+                async with trio.open_nursery() as nursery:
+                    for name, shards in assigned.items():
+                        nursery.start_soon(ask, name, shards, timeout_s)
+            todo = again
+            if not todo:
+                break
+        else:
+            missing += todo
+        self.counters["partial"] += bool(missing)
+        return Found(_merge(parts, request, drop), missing, len(self._all), reasons)
+
+    async def _one_user(self, user_id: int, deadline: float, session: Session) -> StoredRecord:
+        (record,) = await self.look_up(Kind.USER, [user_id], deadline, session)
+        if not isinstance(record, StoredRecord):
+            raise _missing_record("unknown_user", "user_id", user_id, record)
+        return record
+
+    async def look_up(
+        self, kind: Kind, ids: Sequence[int], deadline: float, session: Session
+    ) -> list[StoredRecord | str | None]:
+        """Records by id, in order. A string is the code of why the id's shard could not answer."""
+
+        async def ask(node: str, some: Sequence[int], timeout_s: float) -> Sequence[Any]:
+            return await self._cluster.node(node).get(kind, some, session, timeout_s)
+
+        found = await self._scatter(list(dict.fromkeys(ids)), ask, deadline)
+        return [found[i] for i in ids]
+
+    async def _scatter(
+        self,
+        ids: list[int],
+        ask: Callable[[str, Sequence[int], float], Awaitable[Sequence[Any]]],
+        deadline: float,
+    ) -> dict[int, Any]:
+        """Ask each id's shard, one message per node, on another replica where one fails."""
+        by_shard: dict[int, list[int]] = {}
+        for id_ in ids:
+            by_shard.setdefault(shard_of(id_, self._cluster.shard_count), []).append(id_)
+        found: dict[int, Any] = dict.fromkeys(ids, "unavailable")
+        failed: set[tuple[str, int]] = set()
+        todo = list(by_shard)
+
+        async def one(name: str, shards: list[int], timeout_s: float) -> None:
+            wanted = [i for shard in shards for i in by_shard[shard]]
+            try:
+                answers = await ask(name, wanted, timeout_s)
+            except (NodeGoneError, NodeError) as error:
+                answers = [error.code if isinstance(error, NodeError) else "unavailable"] * len(wanted)
+            found.update(zip(wanted, answers, strict=True))
+            lost = {shard_of(i, self._cluster.shard_count) for i in wanted if isinstance(found[i], str)}
+            failed.update((name, shard) for shard in lost)
+            again.extend(lost)
+
+        for _ in range(self._config.retries + 1):
+            again: list[int] = []
+            assigned, _unanswerable = self._assign(todo, failed)
+            timeout_s = self._try_s(deadline)
+            if timeout_s <= 0 or not assigned:
+                break
+            if len(assigned) == 1:
+                await one(*next(iter(assigned.items())), timeout_s)
+            else:
+                async with trio.open_nursery() as nursery:
+                    for name, shards in assigned.items():
+                        nursery.start_soon(one, name, shards, timeout_s)
+            todo = again
+            if not todo:
+                break
+        return found
+
+    @staticmethod
+    def _reply(found: Found) -> dict[str, Any]:
+        return {"hits": found.columns, "coverage": found.coverage()}
+
+
+def _merge(
+    parts: list[SearchReply],
+    request: requests.Query,
+    drop: frozenset[int],
+) -> Columns:
+    if len(parts) == 1 and not drop:
+        return Columns(parts[0].ids, parts[0].scores, parts[0].metadata)
+    best = merge.top([(part.ids, part.scores) for part in parts], request.k + len(drop))
+    if drop:
+        keep = np.flatnonzero(~np.isin(best.ids, np.array(list(drop), np.uint64)))[: request.k]
+        best = merge.Merged(*(column[keep] for column in best))
+    metadata: list[bytes] | None = None
+    if request.metadata:
+        metadata = [
+            (parts[origin].metadata or [])[place]
+            for origin, place in zip(best.origin.tolist(), best.place.tolist(), strict=True)
+        ]
+    return Columns(best.ids, best.scores, metadata)
+
+
+def _missing_record(code: str, field: str, id_: int, found: object) -> RequestError:
+    """Absent is one thing, unreachable another."""
+    if found is None:
+        word = field.removesuffix("_id")
+        return RequestError(code, f"{word} {id_} is not known; put it first", field)
+    return RequestError(
+        "unavailable" if found in ("unavailable", "deadline_exceeded") else str(found),
+        f"no replica of the shard of {field} {id_} could answer ({found}); try again",
+        field,
+    )

@@ -1,0 +1,132 @@
+"""What the router needs of the node, as protocols. The node implements them; simulations and tests bring their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from router.layout import Placement
+from router.requests import Session
+from storage.records import Kind, Operation
+from storage.view import ClassConstraint
+
+
+@dataclass(frozen=True, slots=True)
+class SearchAsk:
+    """One query for some shards of one node. query: float16 [dim]."""
+
+    shards: tuple[int, ...]
+    query: npt.NDArray[np.float16]
+    k: int
+    constraint: ClassConstraint
+    metadata: bool
+    # Positions that the answering replicas must have applied; tokens of other shards do not matter here.
+    session: Session = ()
+
+
+class SearchReply(NamedTuple):
+    """The best k over all answered shards. ids: uint64 [n], scores: float32 [n]."""
+
+    ids: npt.NDArray[np.uint64]
+    scores: npt.NDArray[np.float32]
+    metadata: list[bytes] | None
+    # Shards that were asked for and could not be answered here, with the code that says why.
+    failed: dict[int, str]
+
+
+class StoredRecord(NamedTuple):
+    """A record as a point look-up brings it; vector is raw FP16."""
+
+    version: tuple[int, int]
+    vector: bytes
+    classes: tuple[int, ...]
+    metadata: bytes
+
+
+class Change(NamedTuple):
+    """One record to write. vector is raw FP16, already normalised; metadata packed."""
+
+    operation: Operation
+    kind: Kind
+    id: int
+    vector: bytes
+    classes: tuple[int, ...]
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WriteAsk:
+    """Changes for one shard, in order, under one client write_id (16 bytes)."""
+
+    shard: int
+    changes: Sequence[Change]
+    ack: str
+    write_id: bytes
+
+
+class WriteReply(NamedTuple):
+    """Outcome for one shard: where its last record stands, or an error."""
+
+    shard: int
+    epoch: int
+    sequence: int
+    error: tuple[str, str, int | None] | None  # code, message, retry_after_ms
+
+
+class NodeGoneError(Exception):
+    """The node cannot be reached, or the link broke. `sent`: the message may have arrived."""
+
+    def __init__(self, node: str, sent: bool) -> None:
+        self.node, self.sent = node, sent
+        super().__init__(f"node {node} cannot be reached")
+
+
+class NodeError(Exception):
+    """The node answered with an error."""
+
+    def __init__(self, code: str, message: str, retry_after_ms: int | None = None) -> None:
+        self.code, self.message, self.retry_after_ms = code, message, retry_after_ms
+        super().__init__(f"{code}: {message}")
+
+
+class Node(Protocol):
+    """A node as the coordinator sees it, itself included. All raise NodeGoneError or NodeError."""
+
+    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply: ...
+
+    async def get(
+        self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
+    ) -> list[StoredRecord | str | None]:
+        """In order; None: no such record; a string: the code of the error that its shard has here."""
+
+    async def score(
+        self,
+        query: npt.NDArray[np.float16],
+        ids: Sequence[int],
+        metadata: bool,
+        session: Session,
+        timeout_s: float,
+    ) -> list[tuple[float, bytes] | str | None]: ...
+
+    async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]: ...
+
+
+class Cluster(Protocol):
+    """Who is there and who has what, as far as this node knows now."""
+
+    local: str
+    shard_count: int
+
+    def node(self, name: str) -> Node: ...
+
+    def placement(self, shard: int) -> Placement: ...
+
+    def alive(self, name: str) -> bool: ...
+
+    def lagging(self, name: str, shard: int) -> bool: ...
+
+    def status(self) -> dict[str, Any]: ...

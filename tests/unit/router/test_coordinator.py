@@ -1,0 +1,280 @@
+"""The coordinator over a cluster of fakes that can be down, late or damaged: exact merges, retries, coverage, writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import trio
+import trio.testing
+
+from router import requests
+from router.coordinator import Coordinator, RouterConfig
+from router.errors import RequestError
+from router.layout import Placement
+from router.ports import NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
+from router.requests import Session
+from router.ring import shard_of
+from storage.records import Kind
+from storage.view import ClassConstraint
+
+DIM = 8
+SHARDS = 6
+NAMES = ("a", "b", "c")
+
+
+class FakeNode:
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+        self.down = False
+        self.delay_s = 0.0
+        self.damaged: set[int] = set()
+        self.asked: list[tuple[int, ...]] = []
+        self.written: list[WriteAsk] = []
+        self.break_writes = 0
+
+    async def _gate(self, timeout_s: float) -> None:
+        if self.down:
+            raise NodeGoneError(self.name, sent=False)
+        with trio.move_on_after(timeout_s) as scope:
+            await trio.sleep(self.delay_s)
+        if scope.cancelled_caught:
+            raise NodeError("deadline_exceeded", "late")
+
+    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+        self.asked.append(ask.shards)
+        await self._gate(timeout_s)
+        good = [s for s in ask.shards if s not in self.damaged]
+        ids, scores = self.world.top(good, ask.query, ask.k)
+        return SearchReply(
+            ids,
+            scores,
+            [str(i).encode() for i in ids],
+            dict.fromkeys(self.damaged & set(ask.shards), "damaged"),
+        )
+
+    async def get(
+        self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
+    ) -> list[StoredRecord | str | None]:
+        await self._gate(timeout_s)
+        return [
+            StoredRecord((1, 1), self.world.vectors[i].tobytes(), (), b"\x80")
+            if i in self.world.vectors
+            else None
+            for i in ids
+        ]
+
+    async def score(
+        self,
+        query: npt.NDArray[np.float16],
+        ids: Sequence[int],
+        metadata: bool,
+        session: Session,
+        timeout_s: float,
+    ) -> list[tuple[float, bytes] | str | None]:
+        await self._gate(timeout_s)
+        return [(float(i), b"") if i in self.world.vectors else None for i in ids]
+
+    async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
+        await self._gate(timeout_s)
+        self.written.extend(asks)
+        if self.break_writes:
+            self.break_writes -= 1
+            raise NodeGoneError(self.name, sent=True)
+        return [WriteReply(ask.shard, 1, len(ask.changes), None) for ask in asks]
+
+
+class World:
+    """A `router.ports.Cluster` of fakes."""
+
+    def __init__(self, replication: int = 2) -> None:
+        rng = np.random.default_rng(7)
+        self.vectors = {i: rng.normal(size=DIM).astype(np.float16) for i in range(1, 200)}
+        self.local = "a"
+        self.shard_count = SHARDS
+        self.nodes = {name: FakeNode(self, name) for name in NAMES}
+        self.replication = replication
+        self.seen_down: set[str] = set()
+
+    def top(self, shards: Sequence[int], query: npt.NDArray[np.float16], k: int) -> tuple[Any, Any]:
+        mine = [i for i in self.vectors if shard_of(i, SHARDS) in shards]
+        pairs = sorted(
+            (-float(np.float32(self.vectors[i].astype(np.float64) @ query.astype(np.float64))), i)
+            for i in mine
+        )[:k]
+        return np.array([i for _, i in pairs], np.uint64), np.array([-s for s, _ in pairs], np.float32)
+
+    def node(self, name: str) -> FakeNode:
+        return self.nodes[name]
+
+    def placement(self, shard: int) -> Placement:
+        return Placement(
+            shard=shard, epoch=1, voters=tuple(NAMES[(shard + i) % 3] for i in range(self.replication))
+        )
+
+    def alive(self, name: str) -> bool:
+        return name not in self.seen_down
+
+    def lagging(self, name: str, shard: int) -> bool:
+        return False
+
+    def status(self) -> dict[str, Any]:
+        return {"node": self.local}
+
+
+def _search(world: World, k: int = 10, timeout_ms: float | None = None) -> requests.Search:
+    return requests.Search(
+        k=k,
+        constraint=ClassConstraint(),
+        metadata=True,
+        timeout_ms=timeout_ms,
+        session=(),
+        vector=world.vectors[1],
+    )
+
+
+def _run(world: World, request: object, **config: int) -> dict[str, Any]:
+    coordinator = Coordinator(world, RouterConfig(**config), metric="dot")
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    answer: dict[str, Any] = trio.run(coordinator.handle, request, clock=clock)
+    return answer
+
+
+def _expected(world: World, k: int) -> list[int]:
+    ids: list[int] = world.top(range(SHARDS), world.vectors[1], k)[0].tolist()
+    return ids
+
+
+@pytest.mark.parametrize("replication", [1, 2, 3])
+def test_the_merged_answer_is_what_one_big_index_gives(replication: int) -> None:
+    world = World(replication)
+    reply = _run(world, _search(world, 25))
+    assert reply["hits"].ids.tolist() == _expected(world, 25)
+    assert reply["hits"].metadata == [str(i).encode() for i in _expected(world, 25)]
+    assert reply["coverage"] == {"answered": SHARDS, "total": SHARDS, "missing": []}
+
+
+def test_with_all_shards_at_home_nobody_else_is_asked() -> None:
+    world = World(3)
+    _run(world, _search(world))
+    assert [len(node.asked) for node in world.nodes.values()] == [1, 0, 0]
+
+
+def test_each_node_gets_one_message_and_the_fewest_nodes_are_asked() -> None:
+    world = World(2)
+    _run(world, _search(world))
+    assert sorted(len(node.asked) for node in world.nodes.values()) == [0, 1, 1]
+
+
+def test_a_node_that_breaks_loses_its_shards_to_their_other_replicas() -> None:
+    world = World(2)
+    world.nodes["b"].down = True
+    world.nodes["a"].damaged = {0}
+    reply = _run(world, _search(world))
+    # Shard 0 lives on a (damaged) and b (down); the others have a second replica that works.
+    assert reply["coverage"] == {"answered": 5, "total": 6, "missing": [0], "reason": "unavailable"}
+    assert all(shard_of(i, SHARDS) != 0 for i in reply["hits"].ids.tolist())
+
+
+def test_a_late_node_is_given_up_and_the_answer_stays_whole() -> None:
+    world = World(2)
+    world.nodes["a"].delay_s = 60.0
+    reply = _run(world, _search(world), try_ms=100, deadline_ms=1_000)
+    assert reply["coverage"]["missing"] == []
+    assert reply["hits"].ids.tolist() == _expected(world, 10)
+
+
+def test_without_any_replica_the_answer_is_partial_and_in_time() -> None:
+    world = World(1)
+    world.nodes["c"].delay_s = 60.0
+    reply = _run(world, _search(world, timeout_ms=200))
+    assert reply["coverage"]["missing"] == [2, 5]
+    assert reply["coverage"]["answered"] == 4
+
+
+def test_similar_drops_the_given_items_and_still_brings_k() -> None:
+    world = World(2)
+    request = requests.Similar(
+        k=10,
+        constraint=ClassConstraint(),
+        metadata=True,
+        timeout_ms=None,
+        session=(),
+        positive=(1, 2),
+        negative=(3,),
+    )
+    reply = _run(world, request)
+    ids = reply["hits"].ids.tolist()
+    assert len(ids) == 10
+    assert not {1, 2, 3} & set(ids)
+    assert reply["hits"].metadata == [str(i).encode() for i in ids]
+
+
+def test_an_unknown_item_is_named_and_an_unreachable_one_is_not_called_unknown() -> None:
+    world = World(2)
+    request = requests.Similar(
+        k=1,
+        constraint=ClassConstraint(),
+        metadata=True,
+        timeout_ms=None,
+        session=(),
+        positive=(9_999,),
+        negative=(),
+    )
+    with pytest.raises(RequestError) as caught:
+        _run(world, request)
+    assert caught.value.code == "unknown_item"
+    for node in world.nodes.values():
+        node.down = True
+    with pytest.raises(RequestError) as caught:
+        _run(world, request)
+    assert caught.value.code == "unavailable"
+
+
+def _put(ids: Sequence[int]) -> requests.Put:
+    return requests.Put(
+        kind=Kind.ITEM,
+        ids=tuple(ids),
+        vectors=np.ones((len(ids), DIM), np.float16),
+        classes=((),) * len(ids),
+        metadata=(b"\x80",) * len(ids),
+        ack="primary",
+        write_id=None,
+        timeout_ms=None,
+    )
+
+
+def test_a_write_goes_to_the_primaries_with_one_write_id() -> None:
+    world = World(2)
+    reply = _run(world, _put(range(1, 50)))
+    assert reply["written"] == 49
+    asks = [ask for node in world.nodes.values() for ask in node.written]
+    assert {ask.write_id for ask in asks} == {reply["write_id"]}
+    assert sorted(ask.shard for ask in asks) == sorted({shard_of(i, SHARDS) for i in range(1, 50)})
+    for name, node in world.nodes.items():
+        assert all(world.placement(ask.shard).primary == name for ask in node.written)
+
+
+def test_a_broken_link_is_retried_under_the_same_write_id_then_unknown() -> None:
+    world = World(2)
+    for node in world.nodes.values():
+        node.break_writes = 1
+    reply = _run(world, _put([1]))
+    (node,) = [node for node in world.nodes.values() if node.written]
+    assert [ask.write_id for ask in node.written] == [reply["write_id"]] * 2
+    node.break_writes = 1_000_000
+    with pytest.raises(RequestError) as caught:
+        _run(world, _put([1]), write_deadline_ms=1_000)
+    assert caught.value.code == "outcome_unknown"
+
+
+def test_a_primary_that_is_down_is_said_at_once() -> None:
+    world = World(2)
+    for node in world.nodes.values():
+        node.down = True
+    with pytest.raises(RequestError) as caught:
+        _run(world, _put([1]))
+    assert caught.value.code == "no_primary"
