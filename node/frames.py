@@ -1,0 +1,149 @@
+"""The bytes between nodes: frames, the hello, and what two nodes must agree on. Pure.
+
+A connection begins with MAGIC and a hello frame from the node that connects; the listener answers with its
+own hello, which carries the reason when it refuses. Then frames both ways, in any order:
+
+    u32 little endian length | msgpack [type, request_id, op or code, body]
+
+A frame's length is checked before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import msgpack
+
+MAGIC = b"GMCOpeer"
+FORMAT_MIN = 1
+FORMAT_MAX = 1
+HELLO_BYTES_MAX = 4 << 10
+HEADER = struct.Struct("<I")
+
+REQUEST, REPLY, ERROR, HEARTBEAT = range(4)
+
+BROKEN_MSGPACK = (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException)
+
+
+class ProtocolError(Exception):
+    """The remote sent what no peer sends. Its connection is closed; nothing else is affected."""
+
+
+class HelloRefusedError(Exception):
+    """The two nodes do not belong together; the sentence says in what they differ."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """Who speaks. Everything but `node` and `boot` must agree between two peers."""
+
+    cluster_id: str
+    node: str
+    shard_count: int
+    dim: int
+    metric: str
+    # Counts the starts of this node, so that an old process can be told from a new one.
+    boot: int = 0
+    format_min: int = FORMAT_MIN
+    format_max: int = FORMAT_MAX
+
+
+def pack_hello(hello: Hello, refused: str | None = None) -> bytes:
+    """The hello as a frame's payload; unknown keys are skipped by the reader, so fields can be added."""
+    packed: bytes = msgpack.packb(asdict(hello) | {"refused": refused})
+    return packed
+
+
+def unpack_hello(payload: bytes | memoryview) -> tuple[Hello, str | None]:
+    """A hello and the reason it was refused with. Raises ProtocolError."""
+    try:
+        said = msgpack.unpackb(payload)
+    except BROKEN_MSGPACK as error:
+        raise ProtocolError(f"the hello is not msgpack: {error}") from error
+    if not isinstance(said, dict):
+        raise ProtocolError("the hello is not a map")
+    values: dict[str, Any] = {}
+    for one in fields(Hello):
+        value = said.get(one.name)
+        wanted = str if one.name in ("cluster_id", "node", "metric") else int
+        if type(value) is not wanted:
+            raise ProtocolError(f"the hello's {one.name} is missing or of a wrong type")
+        values[one.name] = value
+    refused = said.get("refused")
+    return Hello(**values), refused if isinstance(refused, str) else None
+
+
+def check_hello(mine: Hello, theirs: Hello) -> int:
+    """The format version to speak: the highest that both know. Raises HelloRefusedError."""
+    version = min(mine.format_max, theirs.format_max)
+    if version < max(mine.format_min, theirs.format_min):
+        raise HelloRefusedError(
+            f"no common format: {mine.node} speaks {mine.format_min}–{mine.format_max}, "
+            f"{theirs.node} speaks {theirs.format_min}–{theirs.format_max}; upgrade the older one"
+        )
+    for key in ("cluster_id", "shard_count", "dim", "metric"):
+        here, there = getattr(mine, key), getattr(theirs, key)
+        if here != there:
+            raise HelloRefusedError(f"different {key}: {mine.node} has {here!r}, {theirs.node} has {there!r}")
+    if mine.node == theirs.node:
+        raise HelloRefusedError(
+            f'two nodes are named "{mine.node}"; each node of a cluster needs its own name'
+        )
+    return version
+
+
+class FrameParser:
+    """Bytes as they arrive → payloads of whole frames. A payload is a view, good until the next `feed`."""
+
+    def __init__(self, frame_bytes_max: int) -> None:
+        self.frame_bytes_max = frame_bytes_max
+        self._rest = bytearray()
+        self._needed = HEADER.size
+
+    @property
+    def missing(self) -> int:
+        """How many bytes the frame that has begun still lacks; 0 between frames."""
+        return max(0, self._needed - len(self._rest)) if self._rest else 0
+
+    def feed(self, chunk: bytes | bytearray) -> Iterator[memoryview]:
+        """Payloads of the frames that are now whole. Raises ProtocolError for one that is too long."""
+        data: bytes | bytearray = chunk
+        if self._rest:
+            self._rest += chunk
+            if len(self._rest) < self._needed:
+                return
+            data = self._rest
+            self._rest = bytearray()
+        start, end = 0, len(data)
+        # Whole frames are parsed where they arrived; only a last, torn one is copied.
+        with memoryview(data) as view:
+            while end - start >= HEADER.size:
+                (length,) = HEADER.unpack_from(data, start)
+                if length > self.frame_bytes_max:
+                    raise ProtocolError(f"a frame of {length:,} bytes; the bound is {self.frame_bytes_max:,}")
+                stop = start + HEADER.size + length
+                if stop > end:
+                    break
+                yield view[start + HEADER.size : stop]
+                start = stop
+            self._rest = bytearray(view[start:end])
+        self._needed = HEADER.size
+        if len(self._rest) >= HEADER.size:
+            self._needed += HEADER.unpack_from(self._rest)[0]
+
+
+def unpack_message(payload: memoryview) -> tuple[int, int, str, Any]:
+    """(type, request_id, op or code, body). Raises ProtocolError."""
+    try:
+        message = msgpack.unpackb(payload, strict_map_key=False)
+    except BROKEN_MSGPACK as error:
+        raise ProtocolError(f"a frame is not msgpack: {error}") from error
+    if type(message) is not list or len(message) != 4:
+        raise ProtocolError("a frame is not [type, request_id, op, body]")
+    kind, request_id, op, body = message
+    if type(kind) is not int or type(request_id) is not int or type(op) is not str:
+        raise ProtocolError("a frame's type, request_id or op has a wrong type")
+    return kind, request_id, op, body

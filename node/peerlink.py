@@ -1,0 +1,324 @@
+"""Asking another node: one framed TCP connection that is kept up, many calls at once.
+
+    link = PeerLink(address, hello, expect="node-2")
+    nursery.start_soon(link.run)
+    reply = await link.call("search", body, timeout_s=0.03)
+
+A call costs one trio wait: its message joins what is queued, one write carries everything waiting, and the
+reader wakes the caller directly. Deadlines sit in one heap with one timer, because a cancel scope per call
+costs more than the call. The other end is `node/peerlistener.py`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from dataclasses import asdict, dataclass
+from itertools import count
+from typing import Any, NoReturn
+
+import outcome
+import structlog
+import trio
+
+from node.config import Address
+from node.frames import (
+    ERROR,
+    REPLY,
+    REQUEST,
+    Hello,
+    HelloRefusedError,
+    ProtocolError,
+    check_hello,
+    pack_hello,
+    unpack_hello,
+)
+from node.peerconn import Connection, FrameTooLargeError, PeerLimits
+from node.peerlistener import Handler, PeerListener
+
+__all__ = [
+    "Handler",
+    "Hello",
+    "HelloRefusedError",
+    "PeerError",
+    "PeerGoneError",
+    "PeerLimits",
+    "PeerLink",
+    "PeerListener",
+    "PeerOverloadedError",
+    "PeerTimeoutError",
+    "PeerTooLargeError",
+    "RemoteError",
+]
+
+BACKOFF_MIN_S = 0.05
+BACKOFF_MAX_S = 2.0
+CONNECT_S = 3.0
+
+log = structlog.get_logger(__name__)
+
+
+class PeerError(Exception):
+    """Root of what `PeerLink.call` raises for the peer's or the network's sake."""
+
+
+class PeerGoneError(PeerError):
+    """Not connected, or the connection broke. `sent`: the request may have arrived and been carried out."""
+
+    def __init__(self, peer: str, reason: str, *, sent: bool) -> None:
+        self.peer, self.reason, self.sent = peer, reason, sent
+        super().__init__(f"{peer} cannot be reached: {reason}")
+
+
+class PeerTimeoutError(PeerError):
+    """No answer in time; the request may still be carried out."""
+
+    def __init__(self, peer: str, timeout_s: float) -> None:
+        self.peer, self.timeout_s = peer, timeout_s
+        super().__init__(f"{peer} did not answer within {timeout_s:g} s")
+
+
+class PeerOverloadedError(PeerError):
+    """This link's bound on calls or queued bytes is reached; nothing was sent."""
+
+    code = "overloaded"
+
+
+class PeerTooLargeError(PeerError):
+    """The request is larger than a frame may be; nothing was sent."""
+
+    code = "too_large"
+
+
+class RemoteError(PeerError):
+    """The peer's handler answered with an error."""
+
+    def __init__(self, code: str, message: str, retry_after_ms: int | None = None) -> None:
+        self.code, self.message, self.retry_after_ms = code, message, retry_after_ms
+        super().__init__(f"{code}: {message}")
+
+
+class _Call:
+    __slots__ = ("frame", "task", "timeout_s")
+
+    def __init__(self, task: trio.lowlevel.Task, frame: int, timeout_s: float) -> None:
+        self.task, self.frame, self.timeout_s = task, frame, timeout_s
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLinkStatistics:
+    """`connection`: ConnectionStatistics of the current connection as a dict, or None."""
+
+    peer: str
+    connected: bool
+    boot: int
+    in_flight: int
+    calls: int
+    connects: int
+    failed_connects: int
+    refused: int
+    timeouts: int
+    last_error: str
+    connection: dict[str, int] | None
+
+
+class PeerLink:
+    """A lasting link to one peer. `run` it in a nursery; `call` from any task of the same loop."""
+
+    def __init__(
+        self,
+        address: Address,
+        hello: Hello,
+        *,
+        expect: str | None = None,
+        limits: PeerLimits | None = None,
+        jitter: random.Random | None = None,
+    ) -> None:
+        """`expect`: the peer's name; a node of another name at that address is refused."""
+        self.address = address
+        self.name = expect or str(address)
+        self.peer: Hello | None = None
+        self._hello, self._expect = hello, expect
+        self._limits = limits or PeerLimits()
+        self._jitter = jitter or random.Random()
+        self._conn: Connection | None = None
+        self._up = trio.Event()
+        self._calls: dict[int, _Call] = {}
+        self._ids = count(1)
+        self._due: list[tuple[float, int]] = []
+        self._sweep = trio.CancelScope()
+        self._last_error = "not connected yet"
+        self._called = self._connects = self._failed = self._overloaded = self._timeouts = 0
+
+    @property
+    def connected(self) -> bool:
+        return self._conn is not None
+
+    async def wait_connected(self) -> None:
+        """Returns once the hello has been agreed on; at once when it already is."""
+        await self._up.wait()
+
+    async def call(self, op: str, body: Any, timeout_s: float) -> Any:
+        """The peer's answer.
+
+        Raises PeerGoneError, PeerTimeoutError, PeerOverloadedError, PeerTooLargeError, or RemoteError with
+        the handler's code; TypeError when `body` cannot be packed.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        conn = self._conn
+        if conn is None or conn.closed:
+            raise PeerGoneError(self.name, self._last_error, sent=False)
+        calls = self._calls
+        if len(calls) >= self._limits.requests_in_flight or conn.full:
+            self._overloaded += 1
+            raise PeerOverloadedError(f"too much is already waiting for {self.name}; try again later")
+        request_id = next(self._ids)
+        try:
+            frame = conn.send(REQUEST, request_id, op, body)
+        except FrameTooLargeError as error:
+            raise PeerTooLargeError(f"the request {op} to {self.name} is too large: {error}") from error
+        calls[request_id] = _Call(trio.lowlevel.current_task(), frame, timeout_s)
+        self._called += 1
+        self._expire_at(trio.current_time() + timeout_s, request_id)
+
+        def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
+            del calls[request_id]
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        return await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+        """Connects, and connects again forever. Started at once: a peer that is down holds nobody up."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._expire_forever)
+            task_status.started()
+            await self._connect_forever()
+        raise AssertionError("unreachable")
+
+    async def _connect_forever(self) -> NoReturn:
+        backoff_s = BACKOFF_MIN_S
+        while True:
+            began = trio.current_time()
+            error = await self._connect_once()
+            if error != self._last_error:
+                log.warning("peer_down", peer=self.name, address=str(self.address), reason=error)
+            self._last_error = error
+            if trio.current_time() - began > BACKOFF_MAX_S:
+                backoff_s = BACKOFF_MIN_S
+            # Jitter, so that a peer that comes back is not met by everybody at once.
+            await trio.sleep(backoff_s * self._jitter.uniform(0.5, 1.0))
+            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+
+    async def _connect_once(self) -> str:
+        """One connection, from its first byte to its end; returns why it ended."""
+        try:
+            with trio.fail_after(CONNECT_S):
+                stream = await trio.open_tcp_stream(self.address.host, self.address.port)
+        except (OSError, trio.TooSlowError) as error:
+            self._failed += 1
+            return f"connecting to {self.address} failed: {error or 'timed out'}"
+        conn = Connection(stream, self._limits)
+        try:
+            with trio.fail_after(self._limits.hello_s):
+                await self._shake_hands(conn)
+        except (ProtocolError, HelloRefusedError, trio.TooSlowError, trio.BrokenResourceError) as error:
+            self._failed += 1
+            await conn.aclose()
+            said = str(error) or (
+                "no hello in time" if isinstance(error, trio.TooSlowError) else "lost in the hello"
+            )
+            return f"{self.address}: {said}"
+        except BaseException:
+            await conn.aclose()
+            raise
+        self._connects += 1
+        self._conn = conn
+        self._up.set()
+        log.info("peer_up", peer=self.name, address=str(self.address), boot=self.peer and self.peer.boot)
+        reason = "this node is stopping"
+        try:
+            reason = await conn.run(self._on_message)
+            return reason
+        finally:
+            self._conn = None
+            self._up = trio.Event()
+            self._drop(reason, conn.frames_taken)
+            await conn.aclose()
+
+    async def _shake_hands(self, conn: Connection) -> None:
+        await conn.send_magic()
+        await conn.send_hello(pack_hello(self._hello))
+        theirs, refused = unpack_hello(await conn.receive_hello())
+        if refused is not None:
+            raise HelloRefusedError(f"refused by {theirs.node}: {refused}")
+        check_hello(self._hello, theirs)
+        if self._expect is not None and theirs.node != self._expect:
+            raise HelloRefusedError(
+                f'expected "{self._expect}", found "{theirs.node}"; check the members\' addresses'
+            )
+        self.peer = theirs
+        self.name = theirs.node
+
+    def _on_message(self, kind: int, request_id: int, op: str, body: Any) -> None:
+        call = self._calls.pop(request_id, None)
+        if call is None:
+            return  # its caller has given up
+        if kind == REPLY:
+            trio.lowlevel.reschedule(call.task, outcome.Value(body))
+            return
+        if kind == ERROR and type(body) is list and len(body) == 2:
+            message, retry_after_ms = str(body[0]), body[1]
+            if type(retry_after_ms) is not int:
+                retry_after_ms = None
+            trio.lowlevel.reschedule(call.task, outcome.Error(RemoteError(op, message, retry_after_ms)))
+            return
+        self._calls[request_id] = call
+        raise ProtocolError(f"a message of unknown type {kind}")
+
+    def _drop(self, reason: str, taken: int) -> None:
+        """Tells every waiter at once that the connection is gone."""
+        calls = list(self._calls.values())
+        self._calls.clear()
+        self._due.clear()
+        for call in calls:
+            error = PeerGoneError(self.name, reason, sent=call.frame <= taken)
+            trio.lowlevel.reschedule(call.task, outcome.Error(error))
+
+    def _expire_at(self, deadline: float, request_id: int) -> None:
+        due = self._due
+        if len(due) > 2 * len(self._calls) + 1_024:
+            # Entries of finished calls stay until they come up; with long timeouts that would be a leak.
+            due[:] = [entry for entry in due if entry[1] in self._calls]
+            heapq.heapify(due)
+        heapq.heappush(due, (deadline, request_id))
+        if deadline < self._sweep.deadline:
+            self._sweep.deadline = deadline
+
+    async def _expire_forever(self) -> None:
+        while True:
+            with trio.CancelScope(deadline=self._due[0][0] if self._due else math.inf) as self._sweep:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            while self._due and self._due[0][0] <= now:
+                call = self._calls.pop(heapq.heappop(self._due)[1], None)
+                if call is not None:
+                    self._timeouts += 1
+                    error = PeerTimeoutError(self.name, call.timeout_s)
+                    trio.lowlevel.reschedule(call.task, outcome.Error(error))
+
+    def statistics(self) -> PeerLinkStatistics:
+        conn = self._conn
+        return PeerLinkStatistics(
+            peer=self.name,
+            connected=conn is not None,
+            boot=self.peer.boot if self.peer else 0,
+            in_flight=len(self._calls),
+            calls=self._called,
+            connects=self._connects,
+            failed_connects=self._failed,
+            refused=self._overloaded,
+            timeouts=self._timeouts,
+            last_error="" if conn else self._last_error,
+            connection=asdict(conn.statistics()) if conn else None,
+        )

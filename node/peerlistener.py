@@ -1,0 +1,269 @@
+"""Answering other nodes: accepts peer links, runs handlers, sends what they return.
+
+A handler is called as `handler(peer_name, body)`. A plain function is answered on the spot, without a task;
+a coroutine is run by one of the connection's workers, which stay for the next request because waking a task
+is cheaper than starting one. When a connection ends, its running handlers are cancelled.
+
+An exception with a `code` (and perhaps `retry_after_ms`) becomes that error at the caller; any other is
+logged and becomes `internal`, without its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Container, Mapping
+from dataclasses import dataclass
+from types import CoroutineType
+from typing import Any, NoReturn
+
+import outcome
+import structlog
+import trio
+
+from node.config import Address
+from node.frames import (
+    ERROR,
+    REPLY,
+    REQUEST,
+    Hello,
+    HelloRefusedError,
+    ProtocolError,
+    check_hello,
+    pack_hello,
+    unpack_hello,
+)
+from node.peerconn import Connection, FrameTooLargeError, PeerLimits
+
+Handler = Callable[[str, Any], Awaitable[Any] | Any]
+# Workers kept waiting per connection; the rest end when their request is answered.
+IDLE_WORKERS_MAX = 64
+
+# An error sentence that a handler built from its input must not fill frames.
+MESSAGE_CHARS_MAX = 1_000
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerListenerStatistics:
+    """`peers`: name → requests now under way, of the connected peers."""
+
+    connections: int
+    accepted: int
+    refused_hellos: int
+    refused_connections: int
+    refused_requests: int
+    requests: int
+    errors: int
+    protocol_errors: int
+    peers: dict[str, int]
+
+
+class PeerListener:
+    """The peer port of a node. `handlers` is read at each request, so it may be filled later."""
+
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler],
+        hello: Hello,
+        *,
+        listen: Address,
+        limits: PeerLimits | None = None,
+        known: Container[str] | None = None,
+    ) -> None:
+        """`known`: names of peers that may connect; None lets in every node of the cluster."""
+        self.handlers = handlers
+        self._hello, self._listen, self._known = hello, listen, known
+        self._limits = limits or PeerLimits()
+        self._listeners: list[trio.SocketListener] = []
+        self._peers: dict[str, _Session] = {}
+        self._open = self._accepted = self._refused_hellos = self._refused_connections = 0
+        self._protocol_errors = 0
+        self.refused_requests = self.requests = self.errors = 0
+
+    async def bind(self) -> Address:
+        """Takes the port and returns where it is. Raises OSError. Peers then wait for `run` to answer."""
+        self._listeners = await trio.open_tcp_listeners(self._listen.port, host=self._listen.host)
+        name = self._listeners[0].socket.getsockname()
+        return Address(name[0], name[1])
+
+    async def run(self, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+        """Serves until cancelled; started with the bound address."""
+        if not self._listeners:
+            await self.bind()
+        name = self._listeners[0].socket.getsockname()
+        task_status.started(Address(name[0], name[1]))
+        await trio.serve_listeners(self.serve_stream, self._listeners)
+        raise AssertionError("unreachable")
+
+    async def serve_stream(self, stream: trio.abc.Stream) -> None:
+        """One connection, from its magic to its end. Raises nothing for the remote's sake."""
+        conn = Connection(stream, self._limits)
+        if self._open >= self._limits.connections:
+            self._refused_connections += 1
+            await conn.aclose()
+            return
+        self._open += 1
+        try:
+            with trio.move_on_after(self._limits.hello_s) as in_time:
+                peer = await self._shake_hands(conn)
+            if in_time.cancelled_caught or peer is None:
+                return
+            await self._serve_peer(conn, peer)
+        except ProtocolError as error:
+            self._protocol_errors += 1
+            log.warning("peer_garbage", remote=_remote(stream), reason=str(error))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # gone before its hello was answered
+        finally:
+            self._open -= 1
+            await conn.aclose()
+
+    async def _shake_hands(self, conn: Connection) -> Hello | None:
+        await conn.receive_magic()
+        theirs, _ = unpack_hello(await conn.receive_hello())
+        refused = self._why_refused(theirs)
+        await conn.send_hello(pack_hello(self._hello, refused))
+        if refused is None:
+            return theirs
+        self._refused_hellos += 1
+        log.warning("peer_refused", peer=theirs.node, reason=refused)
+        return None
+
+    def _why_refused(self, theirs: Hello) -> str | None:
+        try:
+            check_hello(self._hello, theirs)
+        except HelloRefusedError as error:
+            return str(error)
+        if self._known is not None and theirs.node not in self._known:
+            return f'"{theirs.node}" is not in cluster.members of {self._hello.node}; add it there'
+        here = self._peers.get(theirs.node)
+        if here is not None and here.peer.boot > theirs.boot:
+            return (
+                f'a newer process named "{theirs.node}" is connected; two nodes share one name or directory'
+            )
+        return None
+
+    async def _serve_peer(self, conn: Connection, peer: Hello) -> None:
+        old = self._peers.get(peer.node)
+        if old is not None:
+            # The peer has started again or lost the old connection before we noticed.
+            old.conn.close("replaced by a newer connection")
+        self._accepted += 1
+        session = _Session(self, conn, peer)
+        self._peers[peer.node] = session
+        try:
+            reason = await session.run()
+        finally:
+            if self._peers.get(peer.node) is session:
+                del self._peers[peer.node]
+        log.info("peer_left", peer=peer.node, reason=reason)
+
+    def statistics(self) -> PeerListenerStatistics:
+        return PeerListenerStatistics(
+            connections=self._open,
+            accepted=self._accepted,
+            refused_hellos=self._refused_hellos,
+            refused_connections=self._refused_connections,
+            refused_requests=self.refused_requests,
+            requests=self.requests,
+            errors=self.errors,
+            protocol_errors=self._protocol_errors,
+            peers={name: session.in_flight for name, session in self._peers.items()},
+        )
+
+
+class _Session:
+    """One connected peer: its requests on their way through the handlers."""
+
+    def __init__(self, listener: PeerListener, conn: Connection, peer: Hello) -> None:
+        self.conn, self.peer = conn, peer
+        self.in_flight = 0
+        self._listener = listener
+        self._limit = listener._limits.requests_in_flight
+        self._idle: list[trio.lowlevel.Task] = []
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self) -> str:
+        async with trio.open_nursery() as self._nursery:
+            reason = await self.conn.run(self._on_message)
+            self._nursery.cancel_scope.cancel()
+        return reason
+
+    def _on_message(self, kind: int, request_id: int, op: str, body: Any) -> None:
+        if kind != REQUEST:
+            raise ProtocolError(f"a message of type {kind} from a peer that asks")
+        self._listener.requests += 1
+        handler = self._listener.handlers.get(op)
+        if handler is None:
+            self._fail(
+                request_id, "unknown_op", f'{self._listener._hello.node} does not know the operation "{op}"'
+            )
+            return
+        if self.in_flight >= self._limit:
+            self._listener.refused_requests += 1
+            self._fail(request_id, "overloaded", f"{self._limit} requests of this peer are under way", 10)
+            return
+        try:
+            result = handler(self.peer.node, body)
+        except Exception as error:
+            self._fail_with(request_id, op, error)
+            return
+        if type(result) is not CoroutineType:
+            self._answer(request_id, op, result)
+            return
+        self.in_flight += 1
+        if self._idle:
+            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value((request_id, op, result)))
+        else:
+            assert self._nursery is not None
+            self._nursery.start_soon(self._work, (request_id, op, result))
+
+    async def _work(self, job: tuple[int, str, CoroutineType[Any, Any, Any]]) -> None:
+        while True:
+            request_id, op, running = job
+            try:
+                result = await running
+            except Exception as error:
+                self._fail_with(request_id, op, error)
+            else:
+                self._answer(request_id, op, result)
+            finally:
+                self.in_flight -= 1
+            if len(self._idle) >= IDLE_WORKERS_MAX:
+                return
+            self._idle.append(trio.lowlevel.current_task())
+            job = await trio.lowlevel.wait_task_rescheduled(self._leave)
+
+    def _leave(self, _raise_cancel: Any) -> trio.lowlevel.Abort:
+        # Only the end of the session cancels workers, and nobody is woken after it.
+        self._idle.clear()
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _answer(self, request_id: int, op: str, result: Any) -> None:
+        try:
+            self.conn.send(REPLY, request_id, "", result)
+        except FrameTooLargeError as error:
+            self._fail(request_id, "too_large", f"the answer to {op} is too large: {error}")
+        except (TypeError, ValueError, OverflowError) as error:
+            self._fail_with(request_id, op, error)
+
+    def _fail(self, request_id: int, code: str, message: str, retry_after_ms: int | None = None) -> None:
+        self._listener.errors += 1
+        self.conn.send(ERROR, request_id, code, (message[:MESSAGE_CHARS_MAX], retry_after_ms))
+
+    def _fail_with(self, request_id: int, op: str, error: Exception) -> None:
+        code = getattr(error, "code", None)
+        if isinstance(code, str):
+            retry_after_ms = getattr(error, "retry_after_ms", None)
+            message = getattr(error, "message", None) or str(error)
+            self._fail(request_id, code, message, retry_after_ms if isinstance(retry_after_ms, int) else None)
+            return
+        log.error("handler_failed", op=op, peer=self.peer.node, exc_info=error)
+        self._fail(request_id, "internal", f"{self._listener._hello.node} failed at {op}; its log says why")
+
+
+def _remote(stream: trio.abc.Stream) -> str:
+    try:
+        return str(stream.socket.getpeername()) if isinstance(stream, trio.SocketStream) else "?"
+    except OSError:
+        return "?"
