@@ -1,7 +1,8 @@
 """Frames of apps: bytes or text in, request maps out, and replies back. Pure.
 
 Binary frames are msgpack, text frames JSON, with the same fields. Whatever arrives, `decode_frame`
-answers with requests and refusals and raises nothing: a frame that cannot be read at all is one refusal without an id.
+answers with requests and refusals and raises nothing: a frame that cannot be read at all is one refusal
+without an id.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _RepeatedKeyError(ValueError):
 
 
 def decode_frame(data: bytes | str, limits: Limits) -> list[dict[str, Any] | Refused]:
-    """The frame's requests in order, each a map with a usable `id` and a string `op`, or why not. Never raises."""
+    """The frame's requests in order: maps with a usable `id` and a string `op`, or why not. Never raises."""
     if len(data) > limits.frame_bytes_max:
         return [
             Refused(None, RequestError("too_large", f"a frame is at most {limits.frame_bytes_max} bytes"))

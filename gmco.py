@@ -1,0 +1,741 @@
+"""GMC-O's client: `async with gmco.connect([...]) as client`, or `with gmco.connect_blocking([...]) as client`.
+
+Any node answers any request, so a client keeps one connection, shares it among all its tasks (requests that wait at the
+same moment share a frame), and moves to the next node when it breaks or refuses. The wire is told in docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import struct
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+import msgpack
+import trio
+from trio_websocket import ConnectionClosed, connect_websocket_url
+
+__all__ = [
+    "Answer",
+    "BadRequest",
+    "BlockingClient",
+    "Client",
+    "Coverage",
+    "DeadlineExceeded",
+    "GmcoError",
+    "Hit",
+    "Item",
+    "NotFound",
+    "Overloaded",
+    "Record",
+    "Unavailable",
+    "User",
+    "Written",
+    "connect",
+    "connect_blocking",
+]
+
+Ack = Literal["primary", "quorum", "all"]
+Session = Sequence[tuple[int, int, int]]
+Vector = Any
+"""float numbers, or FP32 little endian bytes, or a numpy array of float16, float32 or float64."""
+
+FRAME_BYTES_MAX = 64 << 20
+FRAME_REQUESTS_MAX = 256
+FRAME_REQUEST_BYTES = 1 << 20
+BACKOFF_S = (0.02, 1.0)
+ATTEMPTS_MAX = 64
+PING_S = 5.0
+DIAL_S = 2.0
+
+
+class GmcoError(Exception):
+    """Whatever went wrong. `code` is stable (docs/protocol.md); `field` names what was wrong in the request."""
+
+    def __init__(
+        self, code: str, message: str, field: str | None = None, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(f"{code}: {message}" + (f" (field {field})" if field else ""))
+        self.code = code
+        self.message = message
+        self.field = field
+        self.retry_after_ms = retry_after_ms
+
+
+class BadRequest(GmcoError, ValueError):  # noqa: N818 - the names that apps of such services know
+    """The request is wrong; sending it again will not help."""
+
+
+class NotFound(GmcoError, LookupError):  # noqa: N818
+    """There is no such user or item."""
+
+
+class Overloaded(GmcoError):  # noqa: N818
+    """Too much at once: wait `retry_after_ms`."""
+
+
+class Unavailable(GmcoError, ConnectionError):  # noqa: N818
+    """No node could be reached that can answer."""
+
+
+class DeadlineExceeded(GmcoError, TimeoutError):  # noqa: N818
+    """Not answered within the time limit. Whether a write was applied is then not known."""
+
+
+_BAD = "bad_frame bad_request unknown_op unknown_field missing_field bad_type out_of_range bad_vector"
+_CLASSES: dict[str, type[GmcoError]] = {
+    **dict.fromkeys([*_BAD.split(), "wrong_dimension", "zero_vector", "too_large"], BadRequest),
+    **dict.fromkeys(["unknown_user", "unknown_item"], NotFound),
+    **dict.fromkeys(["overloaded", "indexing"], Overloaded),
+    **dict.fromkeys(["unavailable", "shutting_down", "no_primary"], Unavailable),
+    "deadline_exceeded": DeadlineExceeded,
+}
+_MOVE = frozenset({"unavailable", "shutting_down"})  # another node may do better
+_WAIT = frozenset({"overloaded", "indexing", "no_primary"})  # the same may do better soon
+
+
+@dataclass(frozen=True)
+class Item:
+    """What `put_items` writes. Class ids are those of the cluster's class table."""
+
+    media_id: int
+    vector: Vector
+    classes: Sequence[int] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class User:
+    """What `put_users` writes."""
+
+    user_id: int
+    vector: Vector
+    classes: Sequence[int] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """An item or user as stored. `vector` is FP16 little endian bytes, if asked for."""
+
+    id: int
+    version: tuple[int, int]
+    classes: tuple[int, ...]
+    metadata: dict[str, Any]
+    vector: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Hit:
+    media_id: int
+    score: float
+    metadata: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many shards answered. `missing` ones could not: the hits are then the best of the others."""
+
+    answered: int
+    total: int
+    missing: tuple[int, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hits, best first. `stale_ms` is set when only replicas that lag could be asked."""
+
+    hits: list[Hit]
+    coverage: Coverage | None = None
+    stale_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """`session` given to later reads makes them reflect this write."""
+
+    written: int
+    session: tuple[tuple[int, int, int], ...]
+    write_id: bytes
+
+
+def _error(raw: Mapping[str, Any]) -> GmcoError:
+    code = str(raw.get("code", "internal"))
+    kind = _CLASSES.get(code, GmcoError)
+    return kind(code, str(raw.get("message", "")), raw.get("field"), raw.get("retry_after_ms"))
+
+
+class _Waiter:
+    __slots__ = ("done", "packed", "reply")
+
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+        self.done = trio.Event()
+        self.reply: dict[str, Any] | None = None  # None when done: the connection broke
+
+
+class _Link:
+    """One connection. Its requests wait in `outbox`; those sent wait in `waiting` for replies."""
+
+    def __init__(self, url: str, ws: Any) -> None:
+        self.url = url
+        self.alive = True
+        self._ws = ws
+        self._next = 0
+        self._waiting: dict[int, _Waiter] = {}
+        self._outbox: list[_Waiter] = []
+        self._wake = trio.Event()
+
+    async def ask(self, op: str, fields: dict[str, Any]) -> dict[str, Any] | None:
+        """The reply, or None when the connection broke before it came."""
+        if not self.alive:
+            return None
+        self._next = id = self._next + 1
+        waiter = _Waiter(msgpack.packb({"id": id, "op": op, **fields}))
+        self._waiting[id] = waiter
+        self._outbox.append(waiter)
+        self._wake.set()
+        try:
+            await waiter.done.wait()
+        finally:
+            self._waiting.pop(id, None)
+        return waiter.reply
+
+    async def run(self) -> None:
+        """Until the connection ends; then everyone who waits knows at once."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send)
+                nursery.start_soon(self._keep_alive)
+                await self._receive()
+                nursery.cancel_scope.cancel()
+        except* (ConnectionClosed, trio.TooSlowError, ValueError, TypeError, KeyError):
+            pass  # it broke, hung, or does not speak our protocol: to those who wait it is all the same
+        finally:
+            self.alive = False
+            for waiter in self._waiting.values():
+                waiter.done.set()
+            with trio.move_on_after(0.2, shield=True):
+                await self._ws.aclose()
+
+    async def _receive(self) -> None:
+        while True:
+            frame = msgpack.unpackb(await self._ws.get_message(), strict_map_key=False)
+            for reply in frame if isinstance(frame, list) else [frame]:
+                waiter = self._waiting.get(reply["id"])
+                if waiter is not None:
+                    waiter.reply = reply
+                    waiter.done.set()
+
+    async def _send(self) -> None:
+        outbox = self._outbox
+        while True:
+            await self._wake.wait()
+            ready = 0
+            while ready < len(outbox) < FRAME_REQUESTS_MAX:  # other tasks may be about to ask, too
+                ready = len(outbox)
+                await trio.lowlevel.checkpoint()
+            while outbox:
+                parts: list[bytes] = []
+                size = 0
+                while outbox and len(parts) < FRAME_REQUESTS_MAX and size < FRAME_REQUEST_BYTES:
+                    if parts and size + len(outbox[0].packed) > FRAME_REQUEST_BYTES:
+                        break
+                    parts.append(outbox.pop(0).packed)
+                    size += len(parts[-1])
+                header = b"" if len(parts) == 1 else msgpack.Packer().pack_array_header(len(parts))
+                await self._ws.send_message(header + b"".join(parts))
+            self._wake = trio.Event()
+
+    async def _keep_alive(self) -> None:
+        """A host that hangs or vanished resets nothing; without this its requests would wait for their deadline."""
+        while True:
+            await trio.sleep(PING_S)
+            with trio.fail_after(PING_S):
+                await self._ws.ping()
+
+
+def _vector(raw: Vector) -> tuple[bytes, str | None]:
+    """Wire bytes and what they are: "f2", "f4", or None for bytes whose kind only the caller knows."""
+    if isinstance(raw, bytes | bytearray | memoryview):
+        return bytes(raw), None
+    dtype = getattr(raw, "dtype", None)
+    if dtype is not None:  # a numpy array (or what behaves like one); numpy itself stays optional
+        kind = "f2" if dtype.itemsize == 2 and dtype.kind == "f" else "f4"
+        return bytes(raw.astype("<" + kind).tobytes()), kind
+    try:
+        return struct.pack(f"<{len(raw)}f", *raw), "f4"
+    except (struct.error, OverflowError, TypeError) as error:
+        raise BadRequest("bad_vector", f"a vector is finite numbers within FP32: {error}", "vector") from None
+
+
+def _vectors(raw: Iterable[Vector]) -> tuple[list[bytes], dict[str, Any]]:
+    pairs = [_vector(one) for one in raw]
+    kinds = {kind for _, kind in pairs}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return [packed for packed, _ in pairs], {} if kind is None else {"dtype": kind}
+
+
+def _metadata(packed: bytes) -> dict[str, Any]:
+    return msgpack.unpackb(packed, strict_map_key=False) if packed else {}
+
+
+def _answer(reply: dict[str, Any]) -> Answer:
+    hits = reply["hits"]
+    count = len(hits["media_ids"]) // 8
+    ids = struct.unpack(f"<{count}Q", hits["media_ids"])
+    scores = struct.unpack(f"<{count}f", hits["scores"])
+    packed = hits.get("metadata")
+    metadata: Sequence[dict[str, Any] | None] = (
+        [None] * count if packed is None else [_metadata(p) for p in packed]
+    )
+    raw = reply.get("coverage")
+    coverage = Coverage(raw["answered"], raw["total"], tuple(raw["missing"])) if raw else None
+    return Answer(list(map(Hit, ids, scores, metadata)), coverage, reply.get("stale_ms"))
+
+
+def _record(raw: dict[str, Any] | None) -> Record | None:
+    if raw is None:
+        return None
+    epoch, sequence = raw["version"]
+    classes, vector = tuple(raw["classes"]), raw.get("vector")
+    return Record(raw["id"], (epoch, sequence), classes, _metadata(raw["metadata"]), vector)
+
+
+def _written(reply: dict[str, Any], write_id: bytes) -> Written:
+    session = tuple((shard, epoch, sequence) for shard, epoch, sequence in reply["session"])
+    return Written(reply["written"], session, reply.get("write_id") or write_id)
+
+
+class Client:
+    """Made by `connect`. Methods may be called from many tasks at once; all raise GmcoError.
+
+    `timeout_s` bounds a call with all its retries. Reads are tried on another node when one is gone or refuses; writes too,
+    with the same write_id, so that a retry is never applied twice.
+    """
+
+    def __init__(self, urls: Sequence[str], timeout_s: float, nursery: trio.Nursery) -> None:
+        self._urls = [url.rstrip("/") for url in urls]
+        self._timeout_s = timeout_s
+        self._nursery = nursery
+        self._at = random.randrange(len(urls))  # so that many clients spread over the nodes
+        self._links: dict[str, _Link] = {}
+        self._failures = dict.fromkeys(self._urls, 0)
+        self._not_before = dict.fromkeys(self._urls, 0.0)
+        self._dialling = trio.Lock()
+        self._calls: set[trio.CancelScope] = set()
+        self._closed = False
+
+    async def ping(self, *, timeout_s: float | None = None) -> None:
+        """Returns when a node has answered."""
+        await self._call("ping", {}, timeout_s)
+
+    async def status(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """What the node in use says of itself and of its cluster."""
+        reply = await self._call("status", {}, timeout_s)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
+    async def recommend(
+        self,
+        user_id: int,
+        k: int = 10,
+        *,
+        require_all: Sequence[int] = (),
+        require_any: Sequence[int] = (),
+        exclude: Sequence[int] = (),
+        metadata: bool = True,
+        session: Session = (),
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """The k best items for a user, among those that the class ids allow."""
+        fields = _query(k, require_all, require_any, exclude, metadata, session)
+        return _answer(await self._call("recommend", {"user_id": user_id, **fields}, timeout_s, bounded=True))
+
+    async def similar(
+        self,
+        media_id: int | None = None,
+        *,
+        positive: Sequence[int] = (),
+        negative: Sequence[int] = (),
+        k: int = 10,
+        require_all: Sequence[int] = (),
+        require_any: Sequence[int] = (),
+        exclude: Sequence[int] = (),
+        metadata: bool = True,
+        session: Session = (),
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """The k items nearest to `media_id`, or to all of `positive` and away from `negative`."""
+        fields = _query(k, require_all, require_any, exclude, metadata, session)
+        fields["positive"] = [*([] if media_id is None else [media_id]), *positive]
+        fields["negative"] = list(negative)
+        return _answer(await self._call("similar", fields, timeout_s, bounded=True))
+
+    async def search(
+        self,
+        vector: Vector,
+        k: int = 10,
+        *,
+        require_all: Sequence[int] = (),
+        require_any: Sequence[int] = (),
+        exclude: Sequence[int] = (),
+        metadata: bool = True,
+        session: Session = (),
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """The k items nearest to a vector."""
+        fields = _query(k, require_all, require_any, exclude, metadata, session)
+        (fields["vector"],), dtype = _vectors([vector])
+        return _answer(await self._call("search", fields | dtype, timeout_s, bounded=True))
+
+    async def batch(
+        self,
+        user_id: int,
+        media_ids: Sequence[int],
+        *,
+        metadata: bool = False,
+        session: Session = (),
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """Scores of given items for a user; items that do not exist are left out."""
+        fields = {"user_id": user_id, "media_ids": list(media_ids), "metadata": metadata}
+        fields["session"] = [list(one) for one in session]
+        return _answer(await self._call("batch", fields, timeout_s, bounded=True))
+
+    async def get_items(
+        self,
+        ids: Sequence[int],
+        *,
+        vector: bool = False,
+        session: Session = (),
+        timeout_s: float | None = None,
+    ) -> list[Record | None]:
+        """In the order of `ids`; None for an item that does not exist."""
+        return await self._get("item", ids, vector, session, timeout_s)
+
+    async def get_users(
+        self,
+        ids: Sequence[int],
+        *,
+        vector: bool = False,
+        session: Session = (),
+        timeout_s: float | None = None,
+    ) -> list[Record | None]:
+        """In the order of `ids`; None for a user that does not exist."""
+        return await self._get("user", ids, vector, session, timeout_s)
+
+    async def put_items(
+        self,
+        items: Iterable[Item],
+        ack: Ack = "primary",
+        write_id: bytes | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Written:
+        """Writes items, new or again. With `ack` "quorum" or "all" it returns when that many disks have them."""
+        given = list(items)
+        vectors, dtype = _vectors(item.vector for item in given)
+        records = [
+            {"media_id": i.media_id, "vector": v, "classes": list(i.classes), "metadata": dict(i.metadata)}
+            for i, v in zip(given, vectors, strict=True)
+        ]
+        return await self._write("put_items", {"items": records, **dtype}, ack, write_id, timeout_s)
+
+    async def put_users(
+        self,
+        users: Iterable[User],
+        ack: Ack = "primary",
+        write_id: bytes | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Written:
+        """Writes users, new or again; see `put_items`."""
+        given = list(users)
+        vectors, dtype = _vectors(user.vector for user in given)
+        records = [
+            {"user_id": u.user_id, "vector": v, "classes": list(u.classes), "metadata": dict(u.metadata)}
+            for u, v in zip(given, vectors, strict=True)
+        ]
+        return await self._write("put_users", {"users": records, **dtype}, ack, write_id, timeout_s)
+
+    async def delete_items(
+        self,
+        ids: Sequence[int],
+        ack: Ack = "primary",
+        write_id: bytes | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Written:
+        """Deletes items; those that do not exist are no error."""
+        return await self._write("delete_items", {"media_ids": list(ids)}, ack, write_id, timeout_s)
+
+    async def delete_users(
+        self,
+        ids: Sequence[int],
+        ack: Ack = "primary",
+        write_id: bytes | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Written:
+        """Deletes users; those that do not exist are no error."""
+        return await self._write("delete_users", {"user_ids": list(ids)}, ack, write_id, timeout_s)
+
+    async def _get(
+        self, kind: str, ids: Sequence[int], vector: bool, session: Session, timeout_s: float | None
+    ) -> list[Record | None]:
+        fields = {"kind": kind, "ids": list(ids), "vector": vector, "session": [list(one) for one in session]}
+        reply = await self._call("get", fields, timeout_s, bounded=True)
+        return [_record(raw) for raw in reply["records"]]
+
+    async def _write(
+        self, op: str, fields: dict[str, Any], ack: Ack, write_id: bytes | None, timeout_s: float | None
+    ) -> Written:
+        write_id = write_id or os.urandom(16)
+        fields |= {"ack": ack, "write_id": write_id}
+        return _written(await self._call(op, fields, timeout_s, bounded=True, write=True), write_id)
+
+    async def _call(
+        self,
+        op: str,
+        fields: dict[str, Any],
+        timeout_s: float | None,
+        *,
+        bounded: bool = False,
+        write: bool = False,
+    ) -> dict[str, Any]:
+        """One request with its retries. `bounded`: the op takes timeout_ms."""
+        deadline = trio.current_time() + (self._timeout_s if timeout_s is None else timeout_s)
+        last: GmcoError = DeadlineExceeded("deadline_exceeded", "no node answered in time")
+        refusals = 2 * len(self._urls)
+        with trio.CancelScope(deadline=deadline) as scope:
+            self._calls.add(scope)
+            try:
+                for attempt in range(ATTEMPTS_MAX):
+                    link = await self._connected()
+                    if bounded and (write or timeout_s is not None):
+                        left_ms = (deadline - trio.current_time()) * 1000
+                        fields["timeout_ms"] = min(max(left_ms, 1.0), 60_000.0)
+                    reply = await link.ask(op, fields)
+                    if reply is None:
+                        last = Unavailable("unavailable", "the connection broke before the answer came")
+                        continue
+                    if reply.get("error") is None:
+                        return reply
+                    last = _error(reply["error"])
+                    if last.code in _MOVE:
+                        refusals -= 1
+                        self._leave(link)
+                    if not (
+                        (last.code in _MOVE and (write or refusals > 0)) or (last.code in _WAIT and write)
+                    ):
+                        raise last
+                    await trio.sleep((last.retry_after_ms or 0) / 1000 + _pause_s(attempt))
+            finally:
+                self._calls.discard(scope)
+        if self._closed:
+            raise Unavailable("unavailable", "the client is closed")
+        raise last
+
+    async def _connected(self) -> _Link:
+        """A live connection: the one in use, or else one to the next node that takes us."""
+        if self._closed:
+            raise Unavailable("unavailable", "the client is closed")
+        link = self._links.get(self._urls[self._at])
+        if link is not None and link.alive:
+            return link
+        async with self._dialling:
+            while True:
+                for step in range(len(self._urls)):
+                    at = (self._at + step) % len(self._urls)
+                    found = await self._try(self._urls[at])
+                    if found is not None:
+                        self._at = at
+                        return found
+                soonest = min(self._not_before.values())
+                await trio.sleep(max(0.001, soonest - trio.current_time()))
+
+    async def _try(self, url: str) -> _Link | None:
+        if self._not_before[url] > trio.current_time():
+            return None
+        link = self._links.get(url)
+        if link is not None and link.alive:
+            return link
+        try:
+            opened: _Link = await self._nursery.start(_hold, url)
+        except Unavailable:
+            self._failures[url] += 1
+            self._not_before[url] = trio.current_time() + _pause_s(self._failures[url])
+            return None
+        self._failures[url] = 0
+        self._links[url] = opened
+        return opened
+
+    def _leave(self, link: _Link) -> None:
+        """Turns to the next node. What is in flight on this one may still be answered."""
+        self._not_before[link.url] = trio.current_time() + BACKOFF_S[1] * random.uniform(0.2, 0.5)
+        if link.url == self._urls[self._at]:
+            self._at = (self._at + 1) % len(self._urls)
+
+    def _close(self) -> None:
+        self._closed = True
+        for scope in list(self._calls):
+            scope.cancel()
+
+
+def _pause_s(attempt: int) -> float:
+    """Exponential backoff with full jitter, so that clients do not come back all at once."""
+    low, high = BACKOFF_S
+    return random.uniform(low / 2, min(high, low * 2 ** min(attempt, 10)))
+
+
+def _query(
+    k: int,
+    require_all: Sequence[int],
+    require_any: Sequence[int],
+    exclude: Sequence[int],
+    metadata: bool,
+    session: Session,
+) -> dict[str, Any]:
+    return {
+        "k": k,
+        "require_all": list(require_all),
+        "require_any": list(require_any),
+        "exclude": list(exclude),
+        "metadata": metadata,
+        "session": [list(one) for one in session],
+    }
+
+
+async def _hold(url: str, *, task_status: trio.TaskStatus[_Link]) -> None:
+    """Opens a connection and runs it to its end. Raises Unavailable when it does not open."""
+    started = False
+    reason: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(DIAL_S):
+                ws = await connect_websocket_url(
+                    nursery,
+                    url,
+                    subprotocols=["gmco.msgpack"],
+                    message_queue_size=16,
+                    max_message_size=FRAME_BYTES_MAX,
+                    receive_buffer_size=64 << 10,
+                )
+            link = _Link(url, ws)
+            started = True
+            task_status.started(link)
+            await link.run()
+            nursery.cancel_scope.cancel()
+    except* Exception as group:
+        reason = group
+    if not started:
+        raise Unavailable("unavailable", f"cannot connect to {url}") from reason
+
+
+@asynccontextmanager
+async def connect(urls: Sequence[str], *, timeout_s: float = 5.0) -> AsyncIterator[Client]:
+    """A client of the nodes at `urls` (`ws://host:7400`). Raises Unavailable when none can be reached in `timeout_s`,
+    which is also the time limit of calls that give none.
+    """
+    if isinstance(urls, str) or not urls:
+        raise BadRequest("bad_request", 'give a list of URLs, as in ["ws://127.0.0.1:7400"]', "urls")
+    raised: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        client = Client(urls, timeout_s, nursery)
+        try:
+            with trio.move_on_after(timeout_s) as scope:
+                await client._connected()
+            if scope.cancelled_caught:
+                raise Unavailable("unavailable", f"none of {', '.join(urls)} can be reached")  # noqa: TRY301
+            yield client
+        except BaseException as error:
+            raised = error
+        client._close()
+        nursery.cancel_scope.cancel()
+    if raised is not None:
+        raise raised
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _blocking(
+    method: Callable[Concatenate[Client, P], Awaitable[R]],
+) -> Callable[Concatenate[BlockingClient, P], R]:
+    def call(self: BlockingClient, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return trio.from_thread.run(
+                functools.partial(method, self._client, *args, **kwargs), trio_token=self._token
+            )
+        except trio.RunFinishedError:
+            raise Unavailable("unavailable", "the client is closed") from None
+
+    functools.update_wrapper(call, method)
+    return call
+
+
+class BlockingClient:
+    """Made by `connect_blocking`: the methods of `Client`, for programs without trio. Any thread may call them."""
+
+    def __init__(self, client: Client, token: trio.lowlevel.TrioToken) -> None:
+        self._client = client
+        self._token = token
+
+    ping = _blocking(Client.ping)
+    status = _blocking(Client.status)
+    recommend = _blocking(Client.recommend)
+    similar = _blocking(Client.similar)
+    search = _blocking(Client.search)
+    batch = _blocking(Client.batch)
+    get_items = _blocking(Client.get_items)
+    get_users = _blocking(Client.get_users)
+    put_items = _blocking(Client.put_items)
+    put_users = _blocking(Client.put_users)
+    delete_items = _blocking(Client.delete_items)
+    delete_users = _blocking(Client.delete_users)
+
+
+@contextmanager
+def connect_blocking(urls: Sequence[str], *, timeout_s: float = 5.0) -> Iterator[BlockingClient]:
+    """`connect` for programs without trio. The connection lives in a thread of its own."""
+    ready = threading.Event()
+    opened: list[BlockingClient] = []
+    done: list[trio.Event] = []
+    failed: list[BaseException] = []
+
+    async def live() -> None:
+        async with connect(urls, timeout_s=timeout_s) as client:
+            done.append(trio.Event())
+            opened.append(BlockingClient(client, trio.lowlevel.current_trio_token()))
+            ready.set()
+            await done[0].wait()
+
+    def thread() -> None:
+        try:
+            trio.run(live)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            ready.set()
+
+    runner = threading.Thread(target=thread, name="gmco", daemon=True)
+    runner.start()
+    ready.wait()
+    if not opened:
+        runner.join()
+        raise failed[0]
+    try:
+        yield opened[0]
+    finally:
+        opened[0]._token.run_sync_soon(done[0].set)
+        runner.join()
