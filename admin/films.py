@@ -1,9 +1,9 @@
 """The films of PyPI `bokeh_sampledata`, embedded without any model: a catalogue that a person can judge.
 
 The embedding is feature hashing (Weinberger et al., 2009, "Feature Hashing for Large Scale Multitask
-Learning"): each token of a film (a genre, a name, a word of the title, …) owns `SPREAD` signed coordinates given
-by a hash of its text, so equal tokens pull two films together and different ones are nearly orthogonal. Within a
-field rare tokens weigh more; between fields `WEIGHTS` decides. Nothing is learnt or downloaded.
+Learning"): each token of a film (a genre, a name, a word of the title, …) owns `SPREAD` signed coordinates
+given by a hash of its text, so equal tokens pull two films together and different ones are nearly orthogonal.
+Within a field rare tokens weigh more; between fields `WEIGHTS` decides. Nothing is learnt or downloaded.
 """
 
 from __future__ import annotations
@@ -188,10 +188,12 @@ def read_films(path: Path | None = None) -> list[Film]:
 
 _WORD = re.compile(r"[^\W_]+")
 # Words that say nothing of a film, and the numbering of sequels, which says only that it is one.
-_STOP = frozenset(
-    "the a an of and in on to is at by for with from de la le el les der die das part episode chapter vol volume "
-    "i ii iii iv v vi vii viii ix x 1 2 3 4 5 6 7 8 9 10".split()  # noqa: SIM905  # a list of 50 strings reads worse
-)
+_STOP_WORDS = """
+    the a an of and in on to is at by for with from de la le el les der die das part episode chapter vol
+    volume
+    i ii iii iv v vi vii viii ix x 1 2 3 4 5 6 7 8 9 10
+"""
+_STOP = frozenset(_STOP_WORDS.split())
 
 
 def title_tokens(title: str) -> list[str]:

@@ -56,7 +56,7 @@ class Viewer:
 def make_viewers(
     films: Sequence[Film], vectors: npt.NDArray[np.float16], count: int = 300, seed: int = 7
 ) -> list[Viewer]:
-    """`count` users with ids from 1, the same for the same films and seed. `vectors`: float16 [films, DIM]."""
+    """`count` users, ids from 1, the same for the same films and seed. `vectors`: float16 [films, DIM]."""
     chance = random.Random(seed)
     by_genres = {genres: _rows(films, genres, "") for genres in GENRE_TASTES}
     known = _people(films)
