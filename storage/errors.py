@@ -19,7 +19,9 @@ class DamagedError(StorageError):
     def __init__(self, path: Path | str, offset: int | None, reason: str) -> None:
         self.path, self.offset, self.reason = Path(path), offset, reason
         where = f"{path}" if offset is None else f"{path} at byte {offset}"
-        super().__init__(f"{where} is damaged: {reason}; move the shard's directory away and rebuild it from a peer")
+        super().__init__(
+            f"{where} is damaged: {reason}; move the shard's directory away and rebuild it from a peer"
+        )
 
 
 class FormatError(StorageError):

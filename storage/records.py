@@ -63,7 +63,8 @@ class Version(NamedTuple):
     sequence: int
 
 
-class Record(NamedTuple):  # a tuple, because replay makes a hundred thousand a second and frozen dataclasses cost 4 µs
+# A tuple, because replay makes a hundred thousand a second and frozen dataclasses cost 4 µs.
+class Record(NamedTuple):
     """One logged change. `vector` is raw FP16 bytes (2 · dim), or b"" for a delete or mark."""
 
     epoch: int
@@ -133,7 +134,10 @@ def decode(data: bytes | memoryview, offset: int = 0) -> Record:
     stop = meta + metadata_bytes
     if offset + length > len(data) or length != HEADER_BYTES + stop - end + (-(stop - end) % 8):
         raise RecordError("length does not match")
-    if xxh3_64_intdigest(data[end:stop]) != body_check or data[stop : offset + length] != _PADDING[: offset + length - stop]:
+    if (
+        xxh3_64_intdigest(data[end:stop]) != body_check
+        or data[stop : offset + length] != _PADDING[: offset + length - stop]
+    ):
         raise RecordError("body checksum does not match")
     try:
         operation, kind = _OPERATIONS[operation], _KINDS[kind]

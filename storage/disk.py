@@ -1,0 +1,378 @@
+"""The write-ahead log's files. Blocking; the format and what a scan may conclude are in `storage/wal.py`.
+
+One thread at a time appends; `read_after`, `drop_before` and `statistics` may be called from others meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage import segment as fmt
+from storage import wal
+from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
+from storage.files import FileOps, fsync_directory, is_full, write_atomically
+from storage.records import RECORD_BYTES_MAX, Record, Version
+from storage.recovery import (
+    SEAL_NAME,
+    Segment,
+    damaged,
+    read_segment,
+    recover,
+    remove_seal,
+    scan_segment,
+)
+from storage.tail import Tail
+
+__all__ = ["FileOps", "Log", "fsync_directory", "write_atomically"]
+
+_NOTHING = Version(0, 0)
+_TAIL_BYTES = 4 << 20
+_READ_BYTES = 64 << 10
+
+
+class Log:
+    """One replica's log. What `append` returned for is on the disk, whole and in order."""
+
+    def __init__(self, directory: Path, shard: int, segment_bytes: int, ops: FileOps) -> None:
+        """Use `Log.open`."""
+        self._directory, self._shard, self._segment_bytes, self._ops = directory, shard, segment_bytes, ops
+        self._lock = threading.Lock()  # guards _segments, their ends and marks, _tail, last
+        self._segments: list[Segment] = []
+        self._fd = -1
+        self._sealed = False
+        self._stopped: str | None = None
+        self._last_timestamp_ns = 0
+        self._torn_bytes = 0
+        self._appends = self._appended_bytes = self._rolls = self._refused_full = 0
+        self._tail_reads = self._disk_reads = 0
+        # (epoch, sequence) of the last durable record.
+        self.last = _NOTHING
+        self._tail = Tail(0, _TAIL_BYTES)
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path | str,
+        *,
+        shard: int,
+        segment_bytes: int,
+        floor: int = 0,
+        after: Version = _NOTHING,
+        ops: FileOps | None = None,
+    ) -> Log:
+        """Recover the log in `directory` (made if missing): a torn tail is zeroed, durably, and reported.
+
+        floor: a sequence known to have been durable (the checkpoint's); a log that ends before it is damage, and
+        segments wholly at or below it are verified only when they are read. after: where a log begins that has no
+        segments yet (an imported snapshot's position). Raises DamagedError, FormatError, ForeignDataError,
+        DiskFullError, ReplicaStoppedError.
+        """
+        directory = Path(directory)
+        log = cls(directory, shard, fmt.segment_bytes_for(0, segment_bytes), ops or FileOps())
+        if not directory.is_dir():
+            directory.mkdir(parents=True)
+            fsync_directory(directory.parent)
+        found = recover(directory, shard, floor)
+        log._segments, log._sealed = found.segments, found.sealed
+        if found.tail is None and after.sequence < floor:
+            raise DamagedError(directory, None, f"there is no log, but sequence {floor} was applied")
+        try:
+            if found.tail is None:
+                log.last = after
+                log._roll(0)
+            else:
+                log._adopt(found.tail)
+        except BaseException:
+            log._close_fd()
+            raise
+        log._tail = Tail(log.last.sequence, _TAIL_BYTES)
+        return log
+
+    def _adopt(self, tail: wal.Scan) -> None:
+        """Make the last segment end cleanly at its last whole record, and be ready to write behind it."""
+        segment = self._segments[-1]
+        self._fd = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC)
+        self.last, self._last_timestamp_ns, self._torn_bytes = (
+            tail.last,
+            tail.last_timestamp_ns,
+            tail.torn_bytes,
+        )
+        try:
+            if tail.torn_bytes:
+                # Durable before the trailer: else a crash could leave a new trailer before old bytes.
+                self._ops.zero(self._fd, tail.end, tail.header.segment_bytes - tail.end)
+                self._ops.sync_data(self._fd)
+            if tail.untrailed_from is not None:
+                start = tail.untrailed_from
+                batch = os.pread(self._fd, tail.end - start, start)
+                trailer = fmt.encode_trailer(tail.header, start, batch)
+                if tail.end + len(trailer) > tail.header.segment_bytes:
+                    raise DamagedError(segment.path, tail.end, "no room for the last batch's trailer")
+                self._ops.write(self._fd, (trailer,), tail.end)
+                segment.end = tail.end + len(trailer)
+            # Whole records of a process that was killed before its fdatasync count as durable only from here on.
+            self._ops.sync_data(self._fd)
+        except OSError as error:
+            raise self._stop("repairing the log's end", error) from error
+
+    @property
+    def first_sequence(self) -> int:
+        """Sequence of the oldest record that is kept (last + 1 when there is none)."""
+        with self._lock:
+            return self._segments[0].header.first_sequence
+
+    @property
+    def torn_bytes(self) -> int:
+        """Bytes of a torn batch that the last open cut off; nobody was told that they were written."""
+        return self._torn_bytes
+
+    def append(self, records: Sequence[bytes]) -> None:
+        """Write encoded records and fdatasync, once for all of them.
+
+        Raises DiskFullError (nothing changed; works again when there is room), ReplicaStoppedError (outcome unknown;
+        every later append is refused, too), records.RecordError (they do not follow `last`; nothing changed).
+        """
+        if self._stopped is not None:
+            raise ReplicaStoppedError(self._stopped)
+        if not records:
+            return
+        size, last, stamp = fmt.check_batch(records, self.last)
+        if self._sealed:
+            self._unseal()
+        segment = self._segments[-1]
+        assert segment.end is not None
+        if segment.end + size + fmt.TRAILER_BYTES > segment.header.segment_bytes:
+            self._roll(size)
+            segment = self._segments[-1]
+        start = segment.end
+        assert start is not None
+        batch = records[0] if len(records) == 1 else b"".join(records)
+        self._write(segment, start, batch)
+        with self._lock:
+            if not segment.marks or start - segment.marks[-1][1] >= wal.INDEX_STEP_BYTES:
+                segment.marks.append((self.last.sequence + 1, start))
+            segment.end = start + size + fmt.TRAILER_BYTES
+            self._tail.extend(records, size)
+            self.last, self._last_timestamp_ns = last, stamp
+            self._appends += 1
+            self._appended_bytes += size
+
+    def _write(self, segment: Segment, start: int, batch: bytes) -> None:
+        trailer = fmt.encode_trailer(segment.header, start, batch)
+        try:
+            try:
+                self._ops.write(self._fd, (batch, trailer), start)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                # Even preallocated space may be refused (copy on write, quotas). A part may have been written.
+                self._ops.zero(self._fd, start, len(batch) + len(trailer))
+                self._ops.sync_data(self._fd)
+                raise self._full(error) from error
+            self._ops.sync_data(self._fd)
+        except OSError as error:
+            raise self._stop("writing the log", error) from error
+
+    def _roll(self, batch_bytes: int) -> None:
+        """A new last segment with room for `batch_bytes`. Every earlier byte is durable, so only it can be torn."""
+        first = self.last.sequence + 1
+        size = fmt.segment_bytes_for(batch_bytes, self._segment_bytes)
+        salt = int.from_bytes(os.urandom(8), "little")
+        header = fmt.SegmentHeader(self._shard, first, size, salt, self.last.epoch, self._last_timestamp_ns)
+        path = self._directory / fmt.segment_name(first)
+        temporary = path.with_suffix(".tmp")
+        fd = -1
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._ops.allocate(fd, size)
+            self._ops.write(fd, (fmt.encode_header(header),), 0)
+            self._ops.sync(fd)
+        except OSError as error:
+            # The new file is not part of the log yet, so nothing is in doubt: it can be tried again if it was room.
+            if fd >= 0:
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise (self._full(error) if is_full(error) else self._stop("making a segment", error)) from error
+        try:
+            # An empty last segment may be replaced by a greater one of the same name.
+            os.replace(temporary, path)
+            self._ops.sync_directory(self._directory)
+        except OSError as error:
+            os.close(fd)
+            raise self._stop("naming a segment", error) from error
+        self._close_fd()
+        with self._lock:
+            if self._segments and self._segments[-1].header.first_sequence == first:
+                self._segments.pop()
+            self._fd = fd
+            self._segments.append(Segment(path, header, fmt.HEADER_BYTES))
+            self._rolls += 1
+
+    def _unseal(self) -> None:
+        try:
+            remove_seal(self._directory)
+        except OSError as error:
+            raise self._stop("removing the seal", error) from error
+        self._sealed = False
+
+    def _full(self, error: OSError) -> StorageError:
+        self._refused_full += 1
+        return DiskFullError(
+            f"no room for the log in {self._directory} ({error.strerror}); free some, then write again"
+        )
+
+    def _stop(self, what: str, error: OSError) -> StorageError:
+        self._stopped = (
+            f"{what} failed in {self._directory} ({error.strerror}); check the disk, then restart this node"
+        )
+        return ReplicaStoppedError(self._stopped)
+
+    def read_after(self, sequence: int, max_bytes: int) -> bytes:
+        """Whole raw records after `sequence`, durable ones only: up to max_bytes, but one at least if there is one.
+
+        b"" when there is none. Raises LogGoneError when the log no longer reaches back, DamagedError.
+        """
+        with self._lock:
+            if sequence >= self.last.sequence:
+                return b""
+            kept = self._tail.after(sequence, max_bytes)
+            if kept:
+                self._tail_reads += 1
+            else:
+                self._disk_reads += 1
+                firsts = [segment.header.first_sequence for segment in self._segments]
+                position = bisect_right(firsts, sequence + 1) - 1
+                if position < 0:
+                    raise LogGoneError(
+                        f"the log begins at sequence {firsts[0]}, after {sequence} was asked for"
+                    )
+                segment = self._segments[position]
+        return b"".join(kept) if kept else self._read(segment, sequence, max_bytes)
+
+    def _read(self, segment: Segment, sequence: int, max_bytes: int) -> bytes:
+        try:
+            if segment.end is None:
+                scan_segment(segment, last_segment=False)
+            with self._lock:
+                end, marks = segment.end, segment.marks
+                position = bisect_right(marks, (sequence + 1, fmt.SEGMENT_BYTES_MAX)) - 1
+                offset = marks[position][1] if position >= 0 else fmt.HEADER_BYTES
+            assert end is not None
+            with segment.path.open("rb", buffering=0) as file:
+                return _collect(file.fileno(), offset, end, sequence, max_bytes)
+        except fmt.WalError as error:
+            raise damaged(segment.path, error) from error
+        except FileNotFoundError as error:
+            raise LogGoneError(f"the log was dropped up to sequence {sequence + 1} just now") from error
+        except OSError as error:
+            raise DamagedError(segment.path, None, f"it cannot be read ({error.strerror})") from error
+
+    def replay(self, after: int) -> Iterator[Record]:
+        """Decoded, verified records after sequence `after`, in order. Before the first append, or in its thread.
+
+        Raises DamagedError, also when records right after `after` are missing.
+        """
+        with self._lock:
+            segments, last = list(self._segments), self.last.sequence
+        if after + 1 < segments[0].header.first_sequence or after > last:
+            reason = f"it holds {segments[0].header.first_sequence} to {last}, not what follows {after}"
+            raise DamagedError(segments[0].path, None, reason)
+        for position, segment in enumerate(segments):
+            if position + 1 < len(segments) and segments[position + 1].header.first_sequence <= after + 1:
+                continue
+            if segment.end is None:
+                scan_segment(segment, last_segment=False)
+            assert segment.end is not None
+            found = bisect_right(segment.marks, (after + 1, fmt.SEGMENT_BYTES_MAX)) - 1
+            offset = segment.marks[found][1] if found >= 0 else fmt.HEADER_BYTES
+            try:
+                for record in wal.replay(read_segment(segment), offset, segment.end):
+                    if record.sequence > after:
+                        yield record
+            except fmt.WalError as error:
+                raise damaged(segment.path, error) from error
+
+    def drop_before(self, sequence: int, older_than_ns: int) -> int:
+        """Remove whole segments whose records are all below `sequence` and stamped before older_than_ns; how many.
+
+        The last segment stays. Raises OSError; then some may be gone, oldest first.
+        """
+        dropped = 0
+        while True:
+            with self._lock:
+                if len(self._segments) < 2:
+                    break
+                following = self._segments[1].header
+                if following.first_sequence > sequence or following.previous_timestamp_ns >= older_than_ns:
+                    break
+                oldest = self._segments.pop(0)
+            oldest.path.unlink(missing_ok=True)
+            dropped += 1
+        if dropped:
+            self._ops.sync_directory(self._directory)
+        return dropped
+
+    def statistics(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "first_sequence": self._segments[0].header.first_sequence,
+                "last_sequence": self.last.sequence,
+                "segments": len(self._segments),
+                "bytes": sum(segment.header.segment_bytes for segment in self._segments),
+                "appends": self._appends,
+                "appended_bytes": self._appended_bytes,
+                "segments_made": self._rolls,
+                "refused_disk_full": self._refused_full,
+                "tail_reads": self._tail_reads,
+                "disk_reads": self._disk_reads,
+                "tail_bytes": self._tail.bytes,
+                "torn_bytes": self._torn_bytes,
+                "stopped": self._stopped is not None,
+            }
+
+    def close(self) -> None:
+        """Close the files and write the seal: from then on any shortfall is damage. Raises OSError."""
+        if self._fd < 0:
+            return
+        self._close_fd()
+        if self._stopped is None and not self._sealed:
+            seal = fmt.encode_seal(fmt.Seal(self._shard, self.last))
+            write_atomically(self._directory / SEAL_NAME, seal)
+        self._stopped = self._stopped or "the log is closed"
+
+    def _close_fd(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _collect(fd: int, offset: int, end: int, sequence: int, max_bytes: int) -> bytes:
+    """Records after `sequence` from a segment's durable part [offset, end). Raises WalError, OSError."""
+    pieces: list[bytes] = []
+    size, want = 0, _READ_BYTES + min(max_bytes, RECORD_BYTES_MAX)
+    while offset < end:
+        data = os.pread(fd, min(want, end - offset), offset)
+        at = offset
+        for found, start, stop in wal.walk(data, offset, offset):
+            at = stop
+            if found <= sequence:
+                continue
+            size += stop - start
+            if pieces and size > max_bytes:
+                return b"".join(pieces)
+            pieces.append(data[start - offset : stop - offset])
+        if at == offset:
+            if offset + len(data) >= end:
+                break
+            want = 2 * RECORD_BYTES_MAX
+        offset = at
+    if not pieces:
+        raise fmt.WalError(offset, f"the record after sequence {sequence} is not where it was written")
+    return b"".join(pieces)

@@ -1,0 +1,146 @@
+"""Opening a log: which segments there are, that they follow each other, and where the log ends. Blocking."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from storage import segment as fmt
+from storage import wal
+from storage.errors import DamagedError, ForeignDataError, FormatError
+from storage.files import fsync_directory
+
+SEAL_NAME = "SEAL"
+
+
+@dataclass(slots=True)
+class Segment:
+    """One segment file. `end`: offset behind its last durable byte; None until somebody has scanned it."""
+
+    path: Path
+    header: fmt.SegmentHeader
+    end: int | None = None
+    # Sparse (sequence, offset) pairs, ascending.
+    marks: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Recovered(NamedTuple):
+    segments: list[Segment]
+    # Of the last segment; None when there is no segment.
+    tail: wal.Scan | None
+    sealed: bool
+
+
+def damaged(path: Path, error: fmt.WalError) -> DamagedError | FormatError:
+    if isinstance(error, fmt.UnknownFormatError):
+        return FormatError(f"{path}: {error.reason}; start the build that wrote it, or rebuild this replica")
+    return DamagedError(path, error.offset, error.reason)
+
+
+def recover(directory: Path, shard: int, floor: int) -> Recovered:
+    """Find and verify the log in `directory`. Every segment with records after `floor` is scanned, and the last one.
+
+    Raises DamagedError (also for a log that ends before `floor` or before its seal), FormatError, ForeignDataError.
+    """
+    for leftover in directory.glob("*.tmp"):
+        leftover.unlink()
+    seal = _read_seal(directory / SEAL_NAME)
+    segments = [_read_header(path) for path in sorted(directory.glob("*.wal"))]
+    for owner in (*(s.header.shard for s in segments), *((seal.shard,) if seal else ())):
+        if owner != shard:
+            raise ForeignDataError(f"{directory} is the log of shard {owner}, not of shard {shard}")
+    tail: wal.Scan | None = None
+    for position, segment in enumerate(segments):
+        following = segments[position + 1] if position + 1 < len(segments) else None
+        if following is None or following.header.first_sequence > floor + 1:
+            tail = scan_segment(segment, last_segment=following is None)
+            if following is not None:
+                _check_border(tail, segment, following)
+        elif following.header.first_sequence <= segment.header.first_sequence:
+            raise DamagedError(following.path, 0, "it does not follow the segment before it")
+    last = tail.last if tail else None
+    if last is not None and last.sequence < floor:
+        reason = f"the log ends at sequence {last.sequence}, but {floor} was applied"
+        raise DamagedError(segments[-1].path, tail.end if tail else None, reason)
+    if seal is not None:
+        _check_seal(seal, directory, tail)
+    return Recovered(segments, tail, seal is not None)
+
+
+def read_segment(segment: Segment) -> bytes:
+    """The whole file. Raises DamagedError, also when the disk cannot read it."""
+    try:
+        return segment.path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedError(segment.path, None, f"it cannot be read ({error.strerror})") from error
+
+
+def scan_segment(segment: Segment, *, last_segment: bool) -> wal.Scan:
+    try:
+        scanned = wal.scan(read_segment(segment), last_segment=last_segment)
+    except fmt.WalError as error:
+        raise damaged(segment.path, error) from error
+    segment.end, segment.marks = scanned.end, scanned.marks
+    return scanned
+
+
+def _read_header(path: Path) -> Segment:
+    try:
+        with path.open("rb") as file:
+            header = fmt.parse_header(file.read(fmt.HEADER_BYTES))
+            size = os.fstat(file.fileno()).st_size
+    except fmt.WalError as error:
+        raise damaged(path, error) from error
+    except OSError as error:
+        raise DamagedError(path, 0, f"it cannot be read ({error.strerror})") from error
+    if path.name != fmt.segment_name(header.first_sequence):
+        raise DamagedError(path, 0, f"its header says that it begins at sequence {header.first_sequence}")
+    if size != header.segment_bytes:
+        raise DamagedError(path, size, f"the file has {size} bytes, its header says {header.segment_bytes}")
+    return Segment(path, header)
+
+
+def _check_border(scanned: wal.Scan, segment: Segment, following: Segment) -> None:
+    header = following.header
+    found = (scanned.last.sequence + 1, scanned.last.epoch, scanned.last_timestamp_ns)
+    if found != (header.first_sequence, header.previous_epoch, header.previous_timestamp_ns):
+        reason = (
+            f"it ends at sequence {scanned.last.sequence}, the next segment begins at {header.first_sequence}"
+        )
+        raise DamagedError(segment.path, scanned.end, reason)
+
+
+def _read_seal(path: Path) -> fmt.Seal | None:
+    try:
+        return fmt.parse_seal(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except fmt.WalError as error:
+        raise damaged(path, error) from error
+    except OSError as error:
+        raise DamagedError(path, None, f"it cannot be read ({error.strerror})") from error
+
+
+def _check_seal(seal: fmt.Seal, directory: Path, tail: wal.Scan | None) -> None:
+    if tail is None:
+        raise DamagedError(
+            directory, None, f"it was closed at sequence {seal.last.sequence} and has no segment now"
+        )
+    path = directory / fmt.segment_name(tail.header.first_sequence)
+    if tail.torn:
+        raise DamagedError(path, tail.end, "it was closed cleanly, so its last batch cannot be torn")
+    if tail.last != seal.last:
+        reason = f"it was closed at {tuple(seal.last)} and ends at {tuple(tail.last)} now"
+        raise DamagedError(path, tail.end, reason)
+
+
+def remove_seal(directory: Path) -> None:
+    """Durably, before the first write after an open. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        (directory / SEAL_NAME).unlink()
+    fsync_directory(directory)
