@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.disk import write_atomically
-
 from storage.errors import ForeignDataError, FormatError, StorageError
 
 FORMAT = 1

@@ -86,7 +86,11 @@ class LocalNode:
         except StorageError as error:
             return error.code
         return (
-            None if row is None else StoredRecord(tuple(row.version), row.vector, row.classes, row.metadata)
+            None
+            if row is None
+            else StoredRecord(
+                (row.version.epoch, row.version.sequence), row.vector, row.classes, row.metadata
+            )
         )
 
     async def score(

@@ -8,19 +8,20 @@ from typing import NamedTuple
 
 import structlog
 import trio
-from storage.replica import Replica
 
 from node.blocking import Runner
-from node.commit import GroupCommit
+from node.commit import CommitStoppedError, GroupCommit
 from node.replication import Progress
 from router.layout import Placement
 from router.ports import Change, NodeError
 from storage import records
 from storage.errors import DamagedError, DiskFullError, IndexingError, ReplicaStoppedError, StorageError
-from storage.records import Operation, Record, Version
+from storage.records import HEADER_BYTES, Operation, Record, Version
+from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
 
+QUEUE_BYTES_MAX = 64 << 20
 MAINTENANCE_S = 1.0
 BUILD_STEP_S = 0.05
 # Between two steps of the graph builder the search lane gets its turn.
@@ -62,7 +63,11 @@ class ShardActor:
         self._maintenance_runner = maintenance_runner
         self._now_ns = now_ns
         self._writing = trio.Lock()
-        self._commit: GroupCommit[WriteItem, Version] = GroupCommit(self._flush, waiting_max=queue_max)
+        self._queue_max = queue_max
+        self._commit = self._new_commit()
+        self._waiting_bytes = 0
+        self._broken: Exception | None = None
+        self._broke = trio.Event()
         self._moved = trio.Event()
         self._acked = trio.Event()
         self.counters = {"writes": 0, "records": 0, "deduplicated": 0, "refused": 0, "batches": 0}
@@ -71,11 +76,20 @@ class ShardActor:
     def shard(self) -> int:
         return self.placement.shard
 
+    def _new_commit(self) -> GroupCommit[WriteItem, Version]:
+        return GroupCommit(self._flush, waiting_max=self._queue_max)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Raises DamagedError when log and table have parted: only a restart with its recovery mends that."""
+        self._commit = self._new_commit()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._commit.run)
             nursery.start_soon(self._maintain)
             task_status.started()
+            await self._broke.wait()
+            raise DamagedError(
+                f"shard-{self.shard:03}", None, f"a durable record could not be applied: {self._broken!r}"
+            )
 
     # -- writing as primary ---------------------------------------------------------------------------------------
 
@@ -86,7 +100,7 @@ class ShardActor:
         if ack not in ("primary", "quorum", "all"):
             raise NodeError("bad_request", f"ack {ack!r} is not one of primary, quorum, all")
         deadline = trio.current_time() + timeout_s
-        version = await self._commit.submit(WriteItem(changes, write_id))
+        version = await self._submit(WriteItem(changes, write_id))
         while self.progress.reached(ack) < version.sequence:  # type: ignore[arg-type]  # checked above
             acked = self._acked
             left = deadline - trio.current_time()
@@ -100,6 +114,22 @@ class ShardActor:
                     f"acknowledged it in time for ack={ack}; it stays written",
                 )
         return version
+
+    async def _submit(self, item: WriteItem) -> Version:
+        """Bounded in bytes as well as in items: a few large requests must not take all memory."""
+        size = sum(len(change.vector) + len(change.metadata) + HEADER_BYTES for change in item.changes)
+        if self._waiting_bytes and self._waiting_bytes + size > QUEUE_BYTES_MAX:
+            raise NodeError(
+                "overloaded", f"shard {self.shard} has {QUEUE_BYTES_MAX >> 20} MiB of writes waiting", 100
+            )
+        self._waiting_bytes += size
+        try:
+            return await self._commit.submit(item)
+        except CommitStoppedError as error:
+            code = "outcome_unknown" if error.outcome_unknown else "unavailable"
+            raise NodeError(code, str(error)) from error
+        finally:
+            self._waiting_bytes -= size
 
     async def _flush(self, items: list[WriteItem]) -> list[Version | Exception]:
         """One group commit: sequences given, one append with one fdatasync, then applied, then answered."""
@@ -165,7 +195,12 @@ class ShardActor:
         return results, blobs, rows
 
     def _apply(self, batch: list[Record]) -> None:
-        self.replica.apply(batch)
+        try:
+            self.replica.apply(batch)
+        except Exception as error:
+            self._broken = error
+            self._broke.set()
+            raise
         self.counters["batches"] += 1
         self.counters["records"] += len(batch)
         self.progress.durable(self.replica.position.sequence, trio.current_time())

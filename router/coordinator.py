@@ -11,7 +11,7 @@ import numpy.typing as npt
 import trio
 
 from router import coverage, merge, requests
-from router.errors import RequestError
+from router.errors import Code, RequestError, known
 from router.ports import Cluster, NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord
 from router.requests import Session
 from router.ring import shard_of
@@ -99,13 +99,14 @@ class Coordinator:
         deadline = self._deadline(request.timeout_ms)
         given = [*request.positive, *request.negative]
         records = await self.look_up(Kind.ITEM, given, deadline, request.session)
-        sign = [1.0] * len(request.positive) + [-1.0 / max(1, len(request.negative))] * len(request.negative)
+        # The mean of the positive items, less the mean of the negative ones.
+        weights = [1.0 / len(request.positive)] * len(request.positive)
+        weights += [-1.0 / len(request.negative)] * len(request.negative) if request.negative else []
         mean = np.zeros(0, np.float32)
-        for media_id, record, weight in zip(given, records, sign, strict=True):
+        for media_id, record, weight in zip(given, records, weights, strict=True):
             if not isinstance(record, StoredRecord):
                 raise _missing_record("unknown_item", "media_id", media_id, record)
             vector = np.frombuffer(record.vector, np.float16).astype(np.float32)
-            weight = weight / len(request.positive) if weight > 0 else weight
             mean = vector * weight if not mean.size else mean + vector * weight
         if self._metric == "cosine":
             norm = float(np.linalg.norm(mean))
@@ -149,7 +150,7 @@ class Coordinator:
         out: list[dict[str, Any] | None] = []
         for id_, record in zip(request.ids, records, strict=True):
             if isinstance(record, str):
-                raise _missing_record("", "ids", id_, record)
+                raise _missing_record("unknown_item", "ids", id_, record)
             if record is None:
                 out.append(None)
                 continue
@@ -314,7 +315,7 @@ def _merge(
     best = merge.top([(part.ids, part.scores) for part in parts], request.k + len(drop))
     if drop:
         keep = np.flatnonzero(~np.isin(best.ids, np.array(list(drop), np.uint64)))[: request.k]
-        best = merge.Merged(*(column[keep] for column in best))
+        best = merge.Merged(best.ids[keep], best.scores[keep], best.origin[keep], best.place[keep])
     metadata: list[bytes] | None = None
     if request.metadata:
         metadata = [
@@ -324,13 +325,13 @@ def _merge(
     return Columns(best.ids, best.scores, metadata)
 
 
-def _missing_record(code: str, field: str, id_: int, found: object) -> RequestError:
+def _missing_record(code: Code, field: str, id_: int, found: object) -> RequestError:
     """Absent is one thing, unreachable another."""
     if found is None:
         word = field.removesuffix("_id")
         return RequestError(code, f"{word} {id_} is not known; put it first", field)
     return RequestError(
-        "unavailable" if found in ("unavailable", "deadline_exceeded") else str(found),
+        "unavailable" if found in ("unavailable", "deadline_exceeded") else known(str(found)),
         f"no replica of the shard of {field} {id_} could answer ({found}); try again",
         field,
     )

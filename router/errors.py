@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 Code = Literal[
     "bad_frame",
@@ -26,12 +26,18 @@ Code = Literal[
     "ack_timeout",
     "outcome_unknown",
     "deadline_exceeded",
+    "session_behind",
     "unavailable",
     "shutting_down",
     "damaged",
     "internal",
 ]
 CODES: frozenset[str] = frozenset(get_args(Code))
+
+
+def known(code: str) -> Code:
+    """A code that came from another node as one of ours; a newer node may send one that we do not know."""
+    return cast(Code, code) if code in CODES else "internal"
 
 
 class RequestError(Exception):

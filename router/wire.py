@@ -199,8 +199,6 @@ def _encode_rest(value: Any) -> Any:
         return value.item()
     if isinstance(value, msgpack.Timestamp):
         return value.to_datetime()
-    if isinstance(value, msgpack.ExtType):
-        return value.data
     raise TypeError(f"a reply cannot hold {type(value).__name__}")
 
 

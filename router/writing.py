@@ -8,7 +8,7 @@ from typing import Any
 import trio
 
 from router import requests
-from router.errors import RequestError
+from router.errors import RequestError, known
 from router.ports import Change, Cluster, NodeError, NodeGoneError, WriteAsk, WriteReply
 from router.ring import shard_of
 from storage.records import Operation
@@ -68,7 +68,7 @@ class Writer:
                     f" ({len(good)} of {len(by_shard)} shards took their part; "
                     "send the same again with the same write_id to settle the rest)"
                 )
-            raise RequestError(code, message, retry_after_ms=retry_after_ms)
+            raise RequestError(known(code), message, retry_after_ms=retry_after_ms)
         return {
             "written": len(changes),
             "session": [[r.shard, r.epoch, r.sequence] for r in good],

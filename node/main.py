@@ -1,0 +1,99 @@
+"""`gmco-node run CONFIG` and `gmco-node check-config CONFIG`. What goes wrong at start is one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import ipaddress
+import sys
+from importlib.metadata import version
+
+import structlog
+import trio
+
+from node import config as configuration
+from node import logs
+from node.config import Config, ConfigError
+from node.daemon import Daemon
+from node.supervisor import ActorGaveUpError
+from storage.errors import StorageError
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+
+log = structlog.get_logger(__name__)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="gmco-node", description="One GMC-O node: owns shards, answers queries."
+    )
+    parser.add_argument("--version", action="version", version=f"gmco-node {version('gmco')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_ in (
+        ("run", "run the node until SIGTERM"),
+        ("check-config", "check the file and say what is wrong"),
+    ):
+        commands.add_parser(name, help=help_).add_argument("config", help="the node's TOML file")
+    arguments = parser.parse_args()
+    try:
+        config = configuration.load(arguments.config)
+    except ConfigError as error:
+        return _fail("config", str(error), EXIT_CONFIG)
+    if arguments.command == "check-config":
+        print(f"{arguments.config}: good; node {config.node.name} of {len(config.cluster.members)}")  # noqa: T201 - the command's answer
+        for warning in config.warnings:
+            print(f"warning: {warning}")  # noqa: T201 - the command's answer
+        return 0
+    logs.configure(config.log.level, config.log.format)
+    return _run(config)
+
+
+def _run(config: Config) -> int:
+    for warning in config.warnings:
+        log.warning("config", warning=warning)
+    if not _loopback(config.listen.host):
+        log.warning(
+            "insecure",
+            warning=f"listening on {config.listen.host} without TLS and tokens: everyone who reaches these ports may "
+            "read and write; keep them behind a firewall",
+        )
+    try:
+        trio.run(Daemon(config).run)
+    except BaseException as group:
+        error = _cause(group)
+        if isinstance(error, (StorageError, ActorGaveUpError)):
+            return _fail(getattr(error, "code", "gave_up"), str(error))
+        if isinstance(error, OSError):
+            if error.errno == errno.EADDRINUSE:
+                ports = f"{config.listen.app_port} or {config.listen.peer_port}"
+                return _fail(
+                    "port_in_use",
+                    f"port {ports} on {config.listen.host} is in use; choose others in [listen]",
+                )
+            return _fail("os_error", f"{error.filename or ''} {error.strerror or error}".strip())
+        raise
+    return 0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error in nested groups: nurseries wrap what ended them, and cancellation follows it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _fail(code: str, message: str, exit_code: int = EXIT_FAILED) -> int:
+    print(f"gmco-node: error[{code}]: {message}", file=sys.stderr)  # noqa: T201 - the process's last words
+    return exit_code
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
