@@ -85,13 +85,9 @@ class LocalNode:
             row = actor.replica.get(kind, id_)
         except StorageError as error:
             return error.code
-        return (
-            None
-            if row is None
-            else StoredRecord(
-                (row.version.epoch, row.version.sequence), row.vector, row.classes, row.metadata
-            )
-        )
+        if row is None:
+            return None
+        return StoredRecord((row.version.epoch, row.version.sequence), row.vector, row.classes, row.metadata)
 
     async def score(
         self,

@@ -1,10 +1,12 @@
 """Another node over the peer link, and what we answer when another node asks. The two ends of each message stand side by side.
 
 Bodies are msgpack lists, in this order:
-  search  [shards, query FP16, k, [all, any, exclude], metadata, session, time left ms] → [ids u64, scores f32, metadata | nil, failed]
+  search  [shards, query FP16, k, [all, any, exclude], metadata, session, time left ms]
+            → [ids u64, scores f32, metadata | nil, failed]
   get     [kind, [id…], session, time left ms] → [[version, vector, classes, metadata] | nil | code …]
   score   [query FP16, [id…], metadata, session, time left ms] → [[score, metadata] | nil | code …]
-  write   [[shard, [[operation, kind, id, vector, classes, metadata]…], ack, write_id]…, time left ms] → [[shard, epoch, sequence, error]…]
+  write   [[shard, [[operation, kind, id, vector, classes, metadata]…], ack, write_id]…, time left ms]
+            → [[shard, epoch, sequence, error]…]
   pull    [shard, after, max bytes, wait ms] → [epoch, primary's last, lag ms, raw records]
   status  [] → this node's own part of `status`
 Time left travels, not wall clock.

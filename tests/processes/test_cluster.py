@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import gmco
 import pytest
 
+import gmco
 from tests.processes.cluster import ROOT, Daemon, cluster
 
 DIM = 16
@@ -96,26 +96,25 @@ def test_an_unknown_user_is_named(nodes: list[Daemon]) -> None:
 
 
 def test_a_killed_node_costs_no_read_and_comes_back_level(tmp_path: Path) -> None:
-    with cluster(tmp_path) as daemons:
-        with gmco.connect_blocking([d.url for d in daemons], timeout_s=5.0) as client:
-            client.put_items(_items(100), ack="all")
-            client.put_users([gmco.User(7, _items(7)[6].vector, (), {})], ack="all")
-            before = [(h.media_id, h.score) for h in client.recommend(7).hits]
-            daemons[0].kill()
-            for _ in range(50):
-                answer = client.recommend(7)
-                assert answer.coverage["answered"] == answer.coverage["total"]
-                assert [(h.media_id, h.score) for h in answer.hits] == before
-            written = 0
-            for item in _items(100, seed=2):
-                try:
-                    client.put_items([item])
-                    written += 1
-                except gmco.GmcoError as error:
-                    assert error.code in ("no_primary", "outcome_unknown")
-            assert 0 < written < 100, "shards of living primaries take writes, the others say no_primary"
-            daemons[0].start()
-            client.put_items(_items(100, seed=3), ack="all")
+    with cluster(tmp_path) as daemons, gmco.connect_blocking([d.url for d in daemons], timeout_s=5.0) as client:
+        client.put_items(_items(100), ack="all")
+        client.put_users([gmco.User(7, _items(7)[6].vector, (), {})], ack="all")
+        before = [(h.media_id, h.score) for h in client.recommend(7).hits]
+        daemons[0].kill()
+        for _ in range(50):
+            answer = client.recommend(7)
+            assert answer.coverage["answered"] == answer.coverage["total"]
+            assert [(h.media_id, h.score) for h in answer.hits] == before
+        written = 0
+        for item in _items(100, seed=2):
+            try:
+                client.put_items([item])
+                written += 1
+            except gmco.GmcoError as error:
+                assert error.code in ("no_primary", "outcome_unknown")
+        assert 0 < written < 100, "shards of living primaries take writes, the others say no_primary"
+        daemons[0].start()
+        client.put_items(_items(100, seed=3), ack="all")
 
 
 def test_sigterm_ends_with_zero_and_the_data_is_there(tmp_path: Path) -> None:

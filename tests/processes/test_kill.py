@@ -8,9 +8,9 @@ import threading
 import time
 from pathlib import Path
 
-import gmco
 import pytest
 
+import gmco
 from tests.processes.cluster import Daemon, cluster
 
 DIM = 16

@@ -1,0 +1,187 @@
+"""Requests from fields: what is let in, how it comes out, and which code each refusal has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from router.errors import CODES, RequestError
+from router.requests import OPS, Batch, Delete, Get, Limits, Put, Recommend, Search, Similar, parse
+from storage.records import Kind
+from storage.view import ClassConstraint
+
+DIM = 8
+LIMITS = Limits(dim=DIM)
+ONES = [1.0] * DIM
+ITEM = {"media_id": 1, "vector": ONES}
+
+
+def refused(op: str, fields: dict[str, Any], limits: Limits = LIMITS) -> tuple[str, str | None]:
+    with pytest.raises(RequestError) as caught:
+        parse(op, fields, limits)
+    assert caught.value.code in CODES
+    assert caught.value.message
+    return caught.value.code, caught.value.field
+
+
+def test_recommend_has_defaults() -> None:
+    request = parse("recommend", {"user_id": 7}, LIMITS)
+    assert request == Recommend(
+        user_id=7, k=10, constraint=ClassConstraint(), metadata=True, timeout_ms=None, session=()
+    )
+
+
+def test_classes_come_out_sorted_and_once() -> None:
+    request = parse("recommend", {"user_id": 7, "require_any": [9, 3, 9], "exclude": [255]}, LIMITS)
+    assert isinstance(request, Recommend)
+    assert request.constraint == ClassConstraint(require_any=(3, 9), exclude=(255,))
+
+
+def test_similar_short_form_is_one_positive() -> None:
+    request = parse("similar", {"media_id": "12", "session": [[1, 2, 3]]}, LIMITS)
+    assert isinstance(request, Similar)
+    assert (request.positive, request.negative, request.session) == ((12,), (), ((1, 2, 3),))
+
+
+@pytest.mark.parametrize("make", [
+    lambda v: v.tolist(),
+    lambda v: v.astype("<f4").tobytes(),
+    lambda v: v.astype("<f2").tobytes(),
+])  # fmt: skip
+def test_every_spelling_of_a_vector_is_scaled_to_unit_length(make: Any) -> None:
+    vector = np.arange(1, DIM + 1, dtype=np.float32)
+    request = parse("search", {"vector": make(vector)}, LIMITS)
+    assert isinstance(request, Search)
+    assert request.vector.dtype == np.float16
+    assert request.vector.shape == (DIM,)
+    np.testing.assert_array_equal(request.vector, (vector / np.linalg.norm(vector)).astype(np.float16))
+
+
+def test_dot_keeps_lengths_and_lets_zero_in() -> None:
+    dot = Limits(dim=DIM, metric="dot")
+    request = parse("put_items", {"items": [ITEM, {"media_id": 2, "vector": bytes(2 * DIM)}]}, dot)
+    assert isinstance(request, Put)
+    np.testing.assert_array_equal(request.vectors, np.array([ONES, [0] * DIM], np.float16))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_cosine_neither_overflows_nor_vanishes(scale: float) -> None:
+    request = parse("search", {"vector": [scale] * DIM}, LIMITS)
+    assert isinstance(request, Search)
+    np.testing.assert_allclose(request.vector, 1 / np.sqrt(DIM), rtol=1e-3)
+
+
+def test_put_brings_columns() -> None:
+    items = [{"media_id": 2**64 - 1, "vector": ONES, "classes": [2, 1]}, {**ITEM, "metadata": {"a": 1}}]
+    request = parse("put_items", {"items": items, "ack": "quorum", "write_id": "0f" * 16}, LIMITS)
+    assert isinstance(request, Put)
+    assert (request.kind, request.ids, request.classes) == (Kind.ITEM, (2**64 - 1, 1), ((1, 2), ()))
+    assert (request.metadata, request.ack, request.write_id) == (
+        (b"\x80", b"\x81\xa1a\x01"),
+        "quorum",
+        b"\x0f" * 16,
+    )
+
+
+def test_the_other_ops() -> None:
+    get = parse("get", {"kind": "user", "ids": [1, 2], "vector": True}, LIMITS)
+    assert get == Get(kind=Kind.USER, ids=(1, 2), vector=True, timeout_ms=None, session=())
+    batch = parse("batch", {"user_id": 1, "media_ids": [3]}, LIMITS)
+    assert batch == Batch(user_id=1, media_ids=(3,), metadata=False, timeout_ms=None, session=())
+    delete = parse("delete_users", {"user_ids": [4], "write_id": b"x" * 16}, LIMITS)
+    assert delete == Delete(kind=Kind.USER, ids=(4,), ack="primary", write_id=b"x" * 16, timeout_ms=None)
+
+
+@pytest.mark.parametrize(("op", "fields", "code", "field"), [
+    ("recomend", {}, "unknown_op", "op"),
+    ("ping", {"x": 1}, "unknown_field", "x"),
+    ("recommend", {"user_id": 1, "K": 5}, "unknown_field", "K"),
+    ("recommend", {}, "missing_field", "user_id"),
+    ("recommend", {"user_id": True}, "bad_type", "user_id"),
+    ("recommend", {"user_id": 1.0}, "bad_type", "user_id"),
+    ("recommend", {"user_id": "٣"}, "bad_type", "user_id"),
+    ("recommend", {"user_id": "0x1"}, "bad_type", "user_id"),
+    ("recommend", {"user_id": -1}, "out_of_range", "user_id"),
+    ("recommend", {"user_id": 2**64}, "out_of_range", "user_id"),
+    ("recommend", {"user_id": 1, "k": 0}, "out_of_range", "k"),
+    ("recommend", {"user_id": 1, "k": 10_001}, "out_of_range", "k"),
+    ("recommend", {"user_id": 1, "k": True}, "bad_type", "k"),
+    ("recommend", {"user_id": 1, "k": 10**40}, "out_of_range", "k"),
+    ("recommend", {"user_id": 1, "exclude": [256]}, "out_of_range", "exclude"),
+    ("recommend", {"user_id": 1, "exclude": [-1]}, "out_of_range", "exclude"),
+    ("recommend", {"user_id": 1, "timeout_ms": 0}, "out_of_range", "timeout_ms"),
+    ("recommend", {"user_id": 1, "session": [[1, 2]]}, "bad_type", "session[0]"),
+    ("similar", {}, "missing_field", "positive"),
+    ("similar", {"media_id": 1, "positive": [2]}, "bad_request", "media_id"),
+    ("search", {"vector": ONES[1:]}, "wrong_dimension", "vector"),
+    ("search", {"vector": bytes(DIM)}, "wrong_dimension", "vector"),
+    ("search", {"vector": bytes(2 * DIM), "dtype": "f4"}, "wrong_dimension", "vector"),
+    ("search", {"vector": "abc"}, "bad_type", "vector"),
+    ("search", {"vector": [True] * DIM}, "bad_type", "vector"),
+    ("search", {"vector": [0] * DIM}, "zero_vector", "vector"),
+    ("search", {"vector": [float("nan")] * DIM}, "bad_vector", "vector"),
+    ("search", {"vector": [1e39] * DIM}, "bad_vector", "vector"),
+    ("search", {"vector": [10**400] * DIM}, "bad_vector", "vector"),
+    ("search", {"vector": np.full(DIM, np.inf, "<f2").tobytes()}, "bad_vector", "vector"),
+    ("batch", {"user_id": 1, "media_ids": [1] * 1_001}, "too_large", "media_ids"),
+    ("get", {"kind": "film", "ids": []}, "out_of_range", "kind"),
+    ("put_items", {"items": [ITEM] * 1_001}, "too_large", "items"),
+    ("put_items", {"items": [ITEM, {"media_id": 2}]}, "missing_field", "items[1].vector"),
+    ("put_items", {"items": [ITEM, {**ITEM, "x": 1}]}, "unknown_field", "items[1].x"),
+    ("put_items", {"items": [ITEM, {**ITEM, "vector": [0] * DIM}]}, "zero_vector", "items[1].vector"),
+    ("put_items", {"items": [{**ITEM, "classes": list(range(1_025))}]}, "too_large", "items[0].classes"),
+    ("put_items", {"items": [{**ITEM, "metadata": {"a": "x" * 70_000}}]}, "too_large", "items[0].metadata"),
+    ("put_items", {"items": [{**ITEM, "metadata": {"a": 2**64}}]}, "bad_request", "items[0].metadata"),
+    ("put_items", {"items": [{**ITEM, "metadata": {"a": "\ud800"}}]}, "bad_request", "items[0].metadata"),
+    ("put_items", {"items": [ITEM], "ack": "most"}, "out_of_range", "ack"),
+    ("put_items", {"items": [ITEM], "write_id": bytes(16)}, "out_of_range", "write_id"),
+    ("put_items", {"items": [ITEM], "write_id": "zz" * 16}, "bad_type", "write_id"),
+    ("put_items", {"items": [ITEM], "write_id": 5}, "bad_type", "write_id"),
+])  # fmt: skip
+def test_refusals_name_code_and_field(op: str, fields: dict[str, Any], code: str, field: str) -> None:
+    assert refused(op, fields) == (code, field)
+
+
+def test_dot_refuses_what_fp16_cannot_hold() -> None:
+    assert refused("search", {"vector": [70_000.0] * DIM}, Limits(dim=DIM, metric="dot")) == (
+        "bad_vector",
+        "vector",
+    )
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=8) | st.binary(max_size=2), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+NAMES = [
+    "user_id",
+    "media_id",
+    "k",
+    "vector",
+    "items",
+    "users",
+    "ids",
+    "kind",
+    "positive",
+    "session",
+    "write_id",
+    "metadata",
+]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])  # the first draws compile the strategy
+@given(st.sampled_from(sorted(OPS)), st.dictionaries(st.sampled_from(NAMES), anything, max_size=5))
+def test_nothing_but_a_request_error_comes_out(op: str, fields: dict[str, Any]) -> None:
+    try:
+        parse(op, fields, LIMITS)
+    except RequestError as error:
+        error.message.encode()  # what goes back must be sendable
+        (error.field or "").encode()
