@@ -30,10 +30,9 @@ CALL_TIMEOUT_S = 10.0
 PAUSE_S = 0.25
 BAD_ROWS_KEPT = 20  # shown to people; the rest is only counted
 # After these the same write may be sent again: with its write_id it is applied once.
-RETRY = frozenset(
-    ("overloaded", "indexing", "unavailable", "shutting_down", "no_primary")
-    + ("deadline_exceeded", "ack_timeout", "outcome_unknown")
-)
+_BUSY = ("overloaded", "indexing", "unavailable", "shutting_down", "no_primary")
+_OPEN = ("deadline_exceeded", "ack_timeout", "outcome_unknown")
+RETRY = frozenset({*_BUSY, *_OPEN})
 _ROW_FIELD = re.compile(r"^(?:items|users)\[(\d+)\]")
 
 

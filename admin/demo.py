@@ -1,0 +1,2 @@
+def main(*, once, directory):
+    return 0

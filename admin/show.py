@@ -1,0 +1,169 @@
+"""What the CLI prints: rich tables for people on stdout, one line on stderr for what went wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+import gmco
+from admin.films import CLASS_NAMES
+from admin.load import LoadProgress
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout and nothing else, so that it can be piped."""
+    print(json.dumps(value, ensure_ascii=False, default=_plain, indent=2))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.hex()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def answer_json(answer: gmco.Answer) -> dict[str, Any]:
+    """The answer as it goes to stdout."""
+    return {
+        "hits": [dataclasses.asdict(hit) for hit in answer.hits],
+        "coverage": dataclasses.asdict(answer.coverage) if answer.coverage else None,
+        "stale_ms": answer.stale_ms,
+    }
+
+
+def hits_table(answer: gmco.Answer, title: str = "") -> Table:
+    """Rank, score, id and whatever the metadata says of the item."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("score", justify="right")
+    table.add_column("media_id", justify="right", style="cyan")
+    table.add_column("item", overflow="fold")
+    table.add_column("about", overflow="fold", style="dim")
+    for rank, hit in enumerate(answer.hits, start=1):
+        item, about = describe(hit.metadata or {})
+        table.add_row(str(rank), f"{hit.score:.4f}", str(hit.media_id), Text(item), Text(about))
+    return table
+
+
+def describe(metadata: Mapping[str, Any]) -> tuple[str, str]:
+    """A headline and the rest, for metadata of any shape; films get "Title (year)" and their genres first."""
+    rest = dict(metadata)
+    head = str(rest.pop("title", None) or rest.pop("name", None) or "")
+    year = rest.pop("year", None)
+    if head and year is not None:
+        head = f"{head} ({year})"
+    parts = []
+    for name in ("genres", "director", "taste"):
+        if rest.get(name):
+            value = rest.pop(name)
+            parts.append(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    if not head and not parts:
+        parts = [f"{name}: {value}" for name, value in rest.items()]
+    return head, " · ".join(parts)
+
+
+def footnotes(answer: gmco.Answer) -> list[str]:
+    """What a reader must know before trusting the hits."""
+    notes = []
+    coverage = answer.coverage
+    if coverage is not None and not coverage.complete:
+        missing = ", ".join(map(str, coverage.missing))
+        notes.append(f"partial: {coverage.answered} of {coverage.total} shards answered; missing: {missing}")
+    if answer.stale_ms:
+        notes.append(f"stale: up to {answer.stale_ms:.0f} ms behind")
+    return notes
+
+
+def records_table(records: Sequence[gmco.Record]) -> Table:
+    """One row for each record."""
+    table = Table(header_style="bold")
+    for name in ("id", "version", "classes", "metadata"):
+        table.add_column(name, overflow="fold")
+    for record in records:
+        classes = ", ".join(f"{one} {CLASS_NAMES.get(one, '')}".strip() for one in record.classes)
+        said = json.dumps(record.metadata, ensure_ascii=False, default=_plain)
+        table.add_row(str(record.id), f"{record.version[0]}.{record.version[1]}", classes, Text(said))
+    return table
+
+
+def status_tables(status: Mapping[str, Any]) -> list[Table]:
+    """Members, and this node's replicas."""
+    cluster = f"cluster {status.get('cluster', '?')}, seen by {status.get('node', '?')}"
+    title = f"{cluster} (version {status.get('version', '?')})"
+    members = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for name in ("member", "state", "lag ms", "region", "zone", "app"):
+        members.add_column(name)
+    for member in status.get("members", []):
+        state = str(member.get("state", "?"))
+        style = "green" if state == "alive" else "red"
+        lag = member.get("lag_ms")
+        members.add_row(
+            str(member.get("name", "?")),
+            Text(state, style=style),
+            "" if lag is None else str(lag),
+            str(member.get("region", "")),
+            str(member.get("zone", "")),
+            str(member.get("app", "")),
+        )
+    return [members, _shards_table(status)]
+
+
+def _shards_table(status: Mapping[str, Any]) -> Table:
+    title = f"replicas on {status.get('node', '?')}"
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    columns = ("shard", "role", "primary", "epoch", "sequence", "items", "users", "fresh", "lag", "state")
+    for name in columns:
+        table.add_column(name, justify="right" if name not in ("role", "primary", "state") else "left")
+    for shard in status.get("shards", []):
+        table.add_row(*(str(shard.get(name, "")) for name in columns))
+    return table
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Rows per second over the last seconds."""
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="dim")
+
+
+@contextmanager
+def load_bar(title: str, total: int | None) -> Iterator[Callable[[LoadProgress], None]]:
+    """A progress bar on stderr (stdout stays pure) while in the block; call what it yields with the progress."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[yellow]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def changed(progress: LoadProgress) -> None:
+            note = progress.note or (f"{progress.bad} bad rows" if progress.bad else "")
+            bar.update(task, completed=progress.rows_done, note=note)
+
+        yield changed
