@@ -15,4 +15,12 @@ def make_engine(config: StorageConfig) -> Engine:
         from storage.index.exact import ExactEngine
 
         return ExactEngine(config)
+    if config.engine == "hnsw":
+        from storage.index.hnsw import hnsw_engine
+
+        return hnsw_engine(config)
+    if config.engine == "hnsw16":
+        from storage.index.hnsw16 import hnsw16_engine
+
+        return hnsw16_engine(config)
     raise ValueError(f"unknown index engine {config.engine!r}: choose exact, hnsw or hnsw16")

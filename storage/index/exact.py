@@ -76,11 +76,16 @@ class ExactEngine:
         return rescore(view, queries, survivors, k, self._config.metric)
 
     def survivors(
-        self, view: ShardView, queries: npt.NDArray[np.float16], k: int, groups: Sequence[Group]
+        self,
+        view: ShardView,
+        queries: npt.NDArray[np.float16],
+        k: int,
+        groups: Sequence[Group],
+        start: int = 0,
     ) -> list[Rows]:
-        """For each query every row that may be among its best k; groups cover each query once."""
+        """For each query every row from `start` on that may be among its best k; no query is in two groups."""
         result: list[Rows] = [np.empty(0, np.int64)] * len(queries)
-        if k <= 0 or not view.rows:
+        if k <= 0 or start >= view.rows:
             return result
         wide = queries.astype(np.float32)
         margins = scan.slack(wide, scan.norm_bound(self._config.metric, lambda: self._longest_row(view)))
@@ -89,7 +94,7 @@ class ExactEngine:
             if group.matching.count * GATHER_RATIO > view.rows:
                 together.append(group)
                 continue
-            rows = group.matching.rows(0, view.rows)
+            rows = group.matching.rows(start, view.rows)
             if len(rows) > k:
                 candidates = Candidates(len(group.queries), k, margins[group.queries])
                 blocks = scan.gathered(view.vectors, rows)
@@ -100,7 +105,7 @@ class ExactEngine:
             for query, rows in zip(group.queries.tolist(), found, strict=True):
                 result[query] = rows
         if together:
-            self._scan_all(view, wide, k, margins, together, result)
+            self._scan_all(view, wide, k, margins, together, start, result)
         return result
 
     def _scan_all(
@@ -110,20 +115,21 @@ class ExactEngine:
         k: int,
         margins: npt.NDArray[np.float64],
         groups: Sequence[Group],
+        start: int,
         result: list[Rows],
     ) -> None:
         chosen = np.sort(np.concatenate([group.queries for group in groups]))
         local = [Group(np.searchsorted(chosen, g.queries), g.matching) for g in groups]
         candidates = Candidates(len(chosen), k, margins[chosen])
         flags = scan.flags_of(view, local, len(chosen))
-        scan.scan(self._blocks(view), wide[chosen], flags, candidates)
+        scan.scan(self._blocks(view, start), wide[chosen], flags, candidates)
         for query, rows in zip(chosen.tolist(), candidates.survivors(), strict=True):
             result[query] = rows
 
-    def _blocks(self, view: ShardView) -> scan.Blocks:
-        resident = self._resident_for(view)
+    def _blocks(self, view: ShardView, start: int) -> scan.Blocks:
+        resident = self._resident_for(view) if start == 0 else None
         if resident is None:
-            return scan.converted(view.vectors, view.rows)
+            return scan.converted(view.vectors, start, view.rows)
         if resident.rows < view.rows:
             resident.extend(view.vectors, view.rows)
         return resident.blocks(view.rows)

@@ -52,14 +52,14 @@ def widen(source: npt.NDArray[np.float16], out: Float32) -> None:
     out *= np.float32(2.0**112)
 
 
-def converted(vectors: npt.NDArray[np.float16], rows: int) -> Blocks:
-    """Rows [0, rows) of vectors float16 [≥ rows, dim], converted."""
+def converted(vectors: npt.NDArray[np.float16], start: int, stop: int) -> Blocks:
+    """Rows [start, stop) of vectors float16 [≥ stop, dim], converted."""
     dim = vectors.shape[1]
     step = max(16, BLOCK_BYTES // (4 * dim))
-    buffer = np.empty((min(step, rows), dim), np.float32)
-    for low in range(0, rows, step):
-        block = buffer[: min(step, rows - low)]
-        widen(vectors[low : low + step], block)
+    buffer = np.empty((min(step, stop - start), dim), np.float32)
+    for low in range(start, stop, step):
+        block = buffer[: min(step, stop - low)]
+        widen(vectors[low : low + len(block)], block)
         yield low, block
 
 
@@ -78,8 +78,9 @@ def gathered(vectors: npt.NDArray[np.float16], rows: Rows) -> Blocks:
 def slack(queries: Float32, norm_max: float) -> npt.NDArray[np.float64]:
     """2ε for each of queries float32 [batch, dim], rows up to norm_max long, the last rounding included."""
     dim = queries.shape[1]
-    lengths: npt.NDArray[np.float64] = np.linalg.norm(queries.astype(np.float64), axis=1)
-    return 2.0 * 1.01 * (dim + 2) * 2.0**-24 * lengths * norm_max
+    lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
+    margins: npt.NDArray[np.float64] = 2.02 * (dim + 2) * 2.0**-24 * lengths * norm_max
+    return margins
 
 
 def norm_bound(metric: Metric, measured: Callable[[], float]) -> float:
@@ -90,7 +91,7 @@ def norm_bound(metric: Metric, measured: Callable[[], float]) -> float:
 def longest(vectors: npt.NDArray[np.float16], low: int, high: int) -> float:
     """The greatest length among rows [low, high)."""
     best = 0.0
-    for _, block in converted(vectors[low:high], high - low):
+    for _, block in converted(vectors, low, high):
         best = max(best, float(np.einsum("ij,ij->i", block, block, dtype=np.float64).max()))
     return float(best**0.5)
 
