@@ -106,7 +106,7 @@ def on_trio(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
 
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110 - statistics have no event
+        while not condition():
             await trio.sleep(0.005)
 
 
