@@ -1,0 +1,64 @@
+"""Point look-ups in one replica, every byte of an answer verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from storage import entries
+from storage.errors import DamagedError
+from storage.records import Kind, Version
+from storage.space import Space, kind_id
+from storage.table import Table
+
+
+class Row(NamedTuple):
+    """One item or user. `vector` is raw FP16 bytes (2 · dim), `metadata` packed as it came."""
+
+    id: int
+    version: Version
+    vector: bytes
+    classes: tuple[int, ...]
+    metadata: bytes
+
+
+def get(table: Table, space: Space, id: int) -> Row | None:
+    """The item or user; None when it is absent or deleted. Raises DamagedError."""
+    while True:
+        file = space.file
+        entry = space.find(table, id)
+        if entry is None:
+            return None
+        if not entries.intact(id, entry):
+            raise _entry_damaged(table, space.kind, id)
+        fields = entries.unpack(entry)
+        if not fields.alive:
+            return None
+        vector = file.read(fields.row) if fields.row < file.capacity else b""
+        if entries.body_intact(vector, entry):
+            return Row(id, fields.version, vector, fields.classes, fields.metadata)
+        if file is space.file:  # else a compaction came between entry and row
+            reason = f"the row of {kind_id(space.kind, id)} does not match its checksum"
+            raise DamagedError(file.path, file.offset(fields.row), reason)
+
+
+def metadata(table: Table, space: Space, ids: Iterable[int]) -> list[bytes]:
+    """Packed metadata in the order of `ids`, b"" for one that is gone. Raises DamagedError."""
+    # The layers before the table: what leaves them has reached the table first.
+    overlay, frozen = space.layers
+    out = []
+    intact, packed = entries.intact, entries.packed_metadata
+    with table.lookup(space.kind) as lookup:
+        for id in ids:
+            entry = overlay.get(id) or frozen.get(id) or lookup(id.to_bytes(8, "big"))
+            if entry is None:
+                out.append(b"")
+            elif intact(id, entry):
+                out.append(packed(entry))
+            else:
+                raise _entry_damaged(table, space.kind, id)
+    return out
+
+
+def _entry_damaged(table: Table, kind: Kind, id: int) -> DamagedError:
+    return DamagedError(table.path, None, f"checksum of the entry of {kind_id(kind, id)} does not match")

@@ -1,0 +1,217 @@
+"""Opening a replica: whose directory it is, what is whole, what is left over, and the replay of its log."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.checkpoint import CheckpointJob
+from storage.config import StorageConfig
+from storage.disk import Log
+from storage.errors import DamagedError, ForeignDataError, StorageError
+from storage.files import fsync_directory
+from storage.records import Kind, Version
+from storage.space import Space
+from storage.table import NOWHERE, Table, TableState
+from storage.vectors import RowFile, row_file_name
+from storage.write_ids import WriteIds
+
+if TYPE_CHECKING:
+    from storage.replica import Replica
+
+KINDS = (Kind.ITEM, Kind.USER)
+_BATCH = 1_024
+# While nothing is served yet, longer steps between checkpoints spare fsyncs.
+_REPLAY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """What `Replica.open` found and did. Times in seconds."""
+
+    position: Version = NOWHERE
+    rows: int = 0
+    replayed: int = 0
+    checkpoints: int = 0
+    # False when there was no saved graph that fits: all rows are scanned until the graph is built again.
+    graph_loaded: bool = False
+    fresh: int = 0
+    verify_s: float = 0.0
+    replay_s: float = 0.0
+    graph_s: float = 0.0
+    total_s: float = 0.0
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Owner:
+    """A lock on the directory, so that two processes cannot both write it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise StorageError(f"{directory} is in use by another process; stop that one first") from error
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    """What a replica is made of."""
+
+    directory: Path
+    owner: Owner
+    table: Table
+    log: Log
+    state: TableState
+    spaces: dict[Kind, Space]
+    write_ids: WriteIds
+
+    def close(self) -> None:
+        for space in self.spaces.values():
+            space.file.close()
+        self.log.close()
+        self.table.close(seal=False)
+        self.owner.close()
+
+
+def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConfig) -> Parts:
+    """Everything verified and loaded, nothing replayed. Raises the errors of `Replica.open`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        owner = Owner(directory)
+        stack.callback(owner.close)
+        table = Table.open(directory / "table")
+        stack.callback(lambda: table.close(seal=False))
+        expected = TableState(node_id=node_id, shard=shard, dim=config.dim, metric=config.metric)
+        state = table.state()
+        if state is None:
+            state = _begin(directory, table, expected)
+        _check_owner(directory, state, expected)
+        _remove_leftovers(directory, state)
+        spaces = {}
+        for kind in KINDS:
+            of = state.of(kind)
+            path = directory / row_file_name(kind, of.rowset)
+            file = RowFile.open(path, shard=shard, dim=config.dim, kind=kind, rowset=of.rowset, rows=of.rows)
+            stack.callback(file.close)
+            spaces[kind] = Space(kind, file, of.rowset, config.class_width)
+            spaces[kind].load(table, of)
+        write_ids = WriteIds(keep_s=config.write_ids_keep_s, count_max=config.write_ids_max)
+        pairs = table.write_ids()
+        if len(pairs) != state.write_ids:
+            raise DamagedError(table.path, None, "write_ids are not those of the last checkpoint")
+        write_ids.load(pairs)
+        log = Log.open(
+            directory / "wal",
+            shard=shard,
+            segment_bytes=config.wal_segment_bytes,
+            floor=state.position.sequence,
+        )
+        stack.pop_all()
+    return Parts(
+        directory=directory,
+        owner=owner,
+        table=table,
+        log=log,
+        state=state,
+        spaces=spaces,
+        write_ids=write_ids,
+    )
+
+
+def replay(replica: Replica, log: Log, after: int) -> tuple[int, int]:
+    """Applies what the log has after `after`; how many records, and how many checkpoints were begun on the way.
+
+    A checkpoint's disk work runs in a thread of this call's own while the next records are decoded. Memory stays
+    bounded: at most two checkpoints' worth of changes wait.
+    """
+    records, count, checkpoints = log.replay(after), 0, 0
+    running: tuple[CheckpointJob, Future[None]] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        while batch := list(islice(records, _BATCH)):
+            replica.take_logged(batch)
+            count += len(batch)
+            if running is not None and (running[1].done() or replica.unsaved_bytes >= _REPLAY_BYTES):
+                running[1].result()
+                replica.finish_checkpoint(running[0])
+                running = None
+            if running is None and replica.unsaved_bytes >= _REPLAY_BYTES and replica.checkpoint_due():
+                job = replica.begin_checkpoint()
+                running = (job, pool.submit(job.run))
+                checkpoints += 1
+        if running is not None:
+            running[1].result()
+            replica.finish_checkpoint(running[0])
+    return count, checkpoints
+
+
+def with_state(
+    state: TableState,
+    spaces: Mapping[Kind, Space],
+    *,
+    position: Version,
+    epoch_starts: Mapping[int, int],
+    purge_floor: int,
+    write_ids: int,
+) -> TableState:
+    """What a checkpoint made now would say of itself."""
+    return replace(
+        state,
+        position=position,
+        items=spaces[Kind.ITEM].state(),
+        users=spaces[Kind.USER].state(),
+        epoch_starts=dict(epoch_starts),
+        purge_floor=purge_floor,
+        write_ids=write_ids,
+    )
+
+
+def index_directory(directory: Path, rowset: int) -> Path:
+    return directory / "index" / f"{rowset:010d}"
+
+
+def _begin(directory: Path, table: Table, state: TableState) -> TableState:
+    # Row files first: the state that names them is what makes them part of the replica.
+    for kind in KINDS:
+        rowset = state.of(kind).rowset
+        path = directory / row_file_name(kind, rowset)
+        RowFile.create(path, shard=state.shard, dim=state.dim, kind=kind, rowset=rowset).close()
+    fsync_directory(directory)
+    fsync_directory(directory.parent)
+    table.commit(state, {})
+    return state
+
+
+def _check_owner(directory: Path, state: TableState, expected: TableState) -> None:
+    for name in ("node_id", "shard", "dim", "metric"):
+        found, wanted = getattr(state, name), getattr(expected, name)
+        if found != wanted:
+            raise ForeignDataError(
+                f"{directory} belongs to {name} {found!r}, not {wanted!r}; name its own directory in the config"
+            )
+
+
+def _remove_leftovers(directory: Path, state: TableState) -> None:
+    """What a crash left of a compaction: row files and graphs of rowsets that are not current."""
+    keep = {row_file_name(kind, state.of(kind).rowset) for kind in KINDS}
+    for path in directory.glob("*.f16"):
+        if path.name not in keep:
+            path.unlink()
+    index = index_directory(directory, state.items.rowset)
+    for path in index.parent.glob("*"):
+        if path != index:
+            shutil.rmtree(path, ignore_errors=True)

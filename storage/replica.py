@@ -1,0 +1,427 @@
+"""One replica of one shard: the only owner of its directory (docs/storage.md)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from storage import lookups, opening, snapshot
+from storage.checkpoint import CheckpointJob
+from storage.compaction import CompactionJob
+from storage.config import StorageConfig
+from storage.disk import Log
+from storage.errors import DiskFullError, IndexingError, ReplicaStoppedError, StorageError
+from storage.index import make_engine
+from storage.index.base import Engine
+from storage.lookups import Row
+from storage.records import HEADER_BYTES as RECORD_BYTES
+from storage.records import Kind, Operation, Record, Version
+from storage.saved_graph import SavedGraph
+from storage.space import Space
+from storage.table import Table, TableState
+from storage.view import ShardView, Statistics
+from storage.write_ids import WriteIds
+
+__all__ = ["Replica", "Row"]
+
+_RETRY_S = 5.0
+
+
+class Replica:
+    """Made by `open`. One writer calls `append`, `apply`, begins and finishes jobs; everything else is for any thread.
+
+    No call here may come between the begin of a compaction's `commit` and the end of `finish_compaction`, except reads.
+    """
+
+    def __init__(self, parts: opening.Parts, config: StorageConfig) -> None:
+        self.directory, self.config = parts.directory, config
+        self.shard = parts.state.shard
+        self.recovery: opening.Recovery = opening.Recovery()
+        self._owner = parts.owner
+        self._table: Table = parts.table
+        self._log: Log = parts.log
+        self._spaces: dict[Kind, Space] = parts.spaces
+        self._write_ids: WriteIds = parts.write_ids
+        self._state: TableState = parts.state  # of the last checkpoint
+        self.position: Version = parts.state.position
+        self.epoch_starts: dict[int, int] = dict(parts.state.epoch_starts)
+        self.purge_floor = parts.state.purge_floor
+        self._stopped: StorageError | None = None
+        self._checkpoint: CheckpointJob | None = None
+        self._compaction: CompactionJob | None = None
+        self.unsaved_bytes = 0  # logged since the last checkpoint
+        self._pending_rows = 0  # appended, not yet applied
+        self._retry_at = 0.0
+        self._compact_retry_at = 0.0
+        self._checkpointed_at = time.monotonic()
+        self._frozen_bytes = 0
+        self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0}
+        self._graph = SavedGraph(parts.directory)
+        self.engine: Engine = make_engine(config)
+        self.view: ShardView
+        # View and engine that belong together, read as one: a compaction replaces both at once.
+        self.searchable: tuple[ShardView, Engine]
+        self._publish()
+
+    @classmethod
+    def open(cls, directory: Path, *, shard: int, node_id: str, config: StorageConfig) -> Replica:
+        """Recovers what is there, or begins a new replica.
+
+        Raises DamagedError, FormatError, ForeignDataError, DiskFullError, ReplicaStoppedError.
+        """
+        start = time.monotonic()
+        parts = opening.open_parts(Path(directory), shard=shard, node_id=node_id, config=config)
+        try:
+            replica = cls(parts, config)
+            replica._recover(start)
+        except BaseException:
+            parts.close()
+            raise
+        return replica
+
+    def append(self, records: Sequence[bytes], rows: int) -> None:
+        """Room for `rows` new rows, then `records` (encoded, in order) to the log with one fdatasync. Blocks.
+
+        Raises DiskFullError (nothing changed; not logged), ReplicaStoppedError (outcome unknown, no more writes).
+        """
+        self._check_running()
+        try:
+            for space in self._spaces.values():
+                space.file.ensure(space.rows + self._pending_rows + rows)
+            self._log.append(records if isinstance(records, list) else list(records))
+        except ReplicaStoppedError as error:
+            self._stop(error)
+            raise
+        self._pending_rows += rows
+        self.unsaved_bytes += sum(map(len, records))
+
+    def apply(self, records: Sequence[Record]) -> None:
+        """What `append` has made durable, in order; publishes a new view. On the loop: no fsync, about 6 µs a record."""
+        self._take(records)
+        self._publish()
+
+    def get(self, kind: Kind, id: int) -> Row | None:
+        """The item or user, its checksums verified. Raises DamagedError."""
+        return lookups.get(self._table, self._spaces[kind], id)
+
+    def metadata(self, ids: Iterable[int]) -> list[bytes]:
+        """Packed metadata of items in the order of `ids`, b"" for one that is gone. Raises DamagedError."""
+        return lookups.metadata(self._table, self._spaces[Kind.ITEM], ids)
+
+    def written(self, write_id: bytes) -> tuple[Version, int] | None:
+        """The last version written under a client's write_id, and how many of its records the log has."""
+        return self._write_ids.get(write_id)
+
+    def read_log(self, after: int, max_bytes: int) -> bytes:
+        """Whole durable records with sequence > after, at least one if there is one. Raises LogGoneError."""
+        return self._log.read_after(after, max_bytes)
+
+    def fresh_rows(self) -> int:
+        """Rows that the graph does not have yet; they are scanned."""
+        view, engine = self.searchable
+        return view.rows - engine.covered(view)
+
+    def check_room(self, count: int) -> None:
+        """Raises IndexingError when `count` more rows would pass `fresh_rows_max`."""
+        fresh = self.fresh_rows()
+        if fresh + count > self.config.fresh_rows_max and fresh:
+            raise IndexingError(
+                f"shard {self.shard} has {fresh} rows waiting for its graph, the most is {self.config.fresh_rows_max}; "
+                "write again later"
+            )
+
+    # -- checkpoint -----------------------------------------------------------------------------------------------
+
+    def checkpoint_due(self) -> bool:
+        return (
+            self.unsaved_bytes >= self.config.checkpoint_bytes
+            and self._checkpoint is None
+            and self._stopped is None
+            and time.monotonic() >= self._retry_at
+        )
+
+    def begin_checkpoint(self) -> CheckpointJob:
+        self._check_running()
+        assert self._checkpoint is None, "one checkpoint at a time"
+        state = self._current_state()
+        self._checkpoint = CheckpointJob(
+            table=self._table,
+            files=[space.file for space in self._spaces.values()],
+            state=state,
+            changes={kind: space.freeze() for kind, space in self._spaces.items()},
+            write_ids=self._write_ids.freeze(),
+            stop=self._stop,
+            afterwards=self._after_checkpoint,
+        )
+        self._frozen_bytes, self.unsaved_bytes = self.unsaved_bytes, 0
+        return self._checkpoint
+
+    def finish_checkpoint(self, job: CheckpointJob) -> None:
+        """Forgets what the table has now; or, when the job failed, keeps it in memory for the next one."""
+        assert job is self._checkpoint
+        self._checkpoint = None
+        for space in self._spaces.values():
+            space.thaw(kept=job.done)
+        self._write_ids.thaw(kept=job.done)
+        if job.done:
+            self._note_checkpoint(job.state)
+        else:
+            self.unsaved_bytes += self._frozen_bytes
+            self._retry_at = time.monotonic() + _RETRY_S
+            self._counters["checkpoint_failures"] += 1
+
+    def checkpoint(self) -> None:
+        """All three steps, blocking. Raises DiskFullError, ReplicaStoppedError."""
+        job = self.begin_checkpoint()
+        try:
+            job.run()
+        finally:
+            self.finish_checkpoint(job)
+        if job.error is not None:
+            raise job.error
+
+    # -- compaction -----------------------------------------------------------------------------------------------
+
+    def compaction_due(self) -> bool:
+        return self._compactable() is not None
+
+    def begin_compaction(self) -> CompactionJob:
+        """Of the kind that is due; items when none is. Raises DiskFullError."""
+        self._check_running()
+        assert self._compaction is None, "one compaction at a time"
+        space = self._compactable() or self._spaces[Kind.ITEM]
+        self._compaction = CompactionJob(self, space, self._table)
+        return self._compaction
+
+    def finish_compaction(self, job: CompactionJob) -> None:
+        """The next rowset becomes the one that is served. Commits first when that was not done."""
+        assert job is self._compaction
+        if not job.committed:
+            job.commit()
+        job.switch()
+        self._compaction = None
+        self._counters["compactions"] += 1
+        if job.engine is not None:
+            self.engine = job.engine
+            self._graph.rows = job.saved_graph_rows
+        for space in self._spaces.values():
+            space.layers = ({}, {})
+        self._publish()
+        self._note_checkpoint(job.state)
+        self.unsaved_bytes = 0
+        job.remove_old()
+
+    def commit_compaction(self, kind: Kind, rowset: int, rows: int, moved: Mapping[int, bytes]) -> TableState:
+        """A job's transaction: all that memory holds, with `kind` in its next rowset. Raises StorageError."""
+        self._check_running()
+        assert self._checkpoint is None, "no checkpoint beside a compaction's commit"
+        state = self._current_state()
+        of = replace(state.of(kind), rowset=rowset, rows=rows)
+        state = replace(state, items=of) if kind is Kind.ITEM else replace(state, users=of)
+        changes = {kind_: space.layers[0] for kind_, space in self._spaces.items()} | {kind: moved}
+        try:
+            for space in self._spaces.values():
+                space.file.sync()
+            write_ids = self._write_ids.freeze()
+            try:
+                self._table.commit(state, changes, write_ids)
+            except BaseException:
+                self._write_ids.thaw(kept=False)
+                raise
+            self._write_ids.thaw(kept=True)
+        except ReplicaStoppedError as error:
+            self._stop(error)
+            raise
+        return state
+
+    def compaction_ended(self) -> None:
+        """Called by a job that gave up."""
+        self._compaction = None
+        self._compact_retry_at = time.monotonic() + _RETRY_S
+
+    def _compactable(self) -> Space | None:
+        if self._compaction or self._checkpoint or self._stopped or time.monotonic() < self._compact_retry_at:
+            return None
+        ratio, least = self.config.compact_dead_ratio, self.config.compact_rows_min
+        for space in self._spaces.values():
+            if space.rows > least and space.dead > ratio * space.rows:
+                return space
+        return None
+
+    # -- the rest -------------------------------------------------------------------------------------------------
+
+    def export(self, directory: Path, *, checkpoint: bool = True) -> None:
+        """A snapshot into `directory`, which must not exist. Blocks for as long as copying takes.
+
+        With `checkpoint` no other call may run meanwhile. Without it the last checkpoint's state is exported, from any
+        thread, beside writes and checkpoints, but not beside `finish_compaction`. Raises DiskFullError.
+        """
+        if checkpoint:
+            self.checkpoint()
+        snapshot.export(
+            Path(directory), table=self._table, files={kind: s.file for kind, s in self._spaces.items()},
+            index=opening.index_directory(self.directory, self.view.rowset),
+        )  # fmt: skip
+
+    @staticmethod
+    def import_snapshot(
+        source: Path, directory: Path, *, shard: int, node_id: str, config: StorageConfig
+    ) -> None:
+        """A replica directory from a snapshot; `directory` must not exist. Open it afterwards.
+
+        Raises DamagedError, FormatError, ForeignDataError, DiskFullError; then nothing is left.
+        """
+        snapshot.import_snapshot(Path(source), Path(directory), shard=shard, node_id=node_id, config=config)
+
+    def statistics(self) -> Statistics:
+        items, users = self._spaces[Kind.ITEM], self._spaces[Kind.USER]
+        return {
+            "shard": self.shard,
+            "position": tuple(self.position),
+            "checkpoint_position": tuple(self._state.position),
+            "checkpoint_age_s": time.monotonic() - self._checkpointed_at,
+            "rows": items.rows,
+            "alive": items.alive,
+            "dead": items.dead,
+            "fresh": self.fresh_rows(),
+            "items": items.entries,
+            "users": users.alive,
+            "user_rows": users.rows,
+            "rowset": items.rowset,
+            "digest": f"{items.digest() ^ users.digest():016x}",
+            "unsaved_entries": sum(len(part) for s in (items, users) for part in s.layers),
+            "unsaved_bytes": self.unsaved_bytes,
+            "table_bytes": self._table.size_bytes(),
+            "vector_bytes": (items.rows + users.rows) * items.file.row_bytes,
+            "write_ids": len(self._write_ids),
+            "write_ids_refused": self._write_ids.refused,
+            "graph_saves": self._graph.saves,
+            "stopped": self._stopped is not None,
+            "log": self._log.statistics(),
+            "engine": self.engine.statistics(),
+        } | self._counters
+
+    def bucket_digests(self, kind: Kind) -> tuple[int, ...]:
+        """256 XOR digests of entries, by the low byte of the id; equal on replicas that hold the same."""
+        return tuple(self._spaces[kind].buckets)
+
+    def close(self) -> None:
+        """Checkpoint, graph, seal, files. When the disk refuses, what the log has is replayed at the next open."""
+        self._abandon_jobs()
+        sealed = False
+        if self._stopped is None:
+            try:
+                self.checkpoint()
+                self._graph.save(self.engine, self.view.rowset, closing=True)
+                sealed = True
+            except (DiskFullError, ReplicaStoppedError):
+                # The log has it all: closing must not fail for want of room.
+                sealed = False
+        self._close_files(seal=sealed)
+
+    def abort(self) -> None:
+        """Closes files and writes nothing, as a crash would; what jobs have left is cleared at the next open."""
+        if self._compaction is not None:
+            self._compaction.close()
+        self._close_files(seal=False)
+
+    def _abandon_jobs(self) -> None:
+        if self._checkpoint is not None:
+            self.finish_checkpoint(self._checkpoint)
+        if self._compaction is not None and self._compaction.committed:
+            self.finish_compaction(self._compaction)
+        elif self._compaction is not None:
+            self._compaction.abandon()
+
+    def _close_files(self, *, seal: bool) -> None:
+        try:
+            self._log.close()
+        finally:
+            for space in self._spaces.values():
+                space.file.close()
+            self._table.close(seal=seal)
+            self._owner.close()
+
+    def _recover(self, start: float) -> None:
+        verified = time.monotonic()
+        replayed, checkpoints = opening.replay(self, self._log, self.position.sequence)
+        self._publish()
+        replayed_at = time.monotonic()
+        loaded = self._graph.load(self.engine, self.view)
+        end = time.monotonic()
+        self.recovery = opening.Recovery(
+            position=self.position, rows=self.view.rows, replayed=replayed, checkpoints=checkpoints, graph_loaded=loaded,
+            fresh=self.fresh_rows(), verify_s=verified - start, replay_s=replayed_at - verified,
+            graph_s=end - replayed_at, total_s=end - start, log=self._log.statistics(),
+        )  # fmt: skip
+
+    def take_logged(self, records: Sequence[Record]) -> None:
+        """Replay's part of `apply`: the log has these already, and no view is published. Raises DiskFullError."""
+        for space in self._spaces.values():
+            space.file.ensure(space.rows + sum(record[6] is space.kind for record in records))
+        self._take(records)
+        self.unsaved_bytes += sum(RECORD_BYTES + len(record[8]) + len(record[10]) for record in records)
+
+    def _take(self, records: Sequence[Record]) -> None:
+        if not records:
+            return
+        self._check_running()
+        try:
+            for kind, space in self._spaces.items():
+                mine = [record for record in records if record[6] is kind]
+                if mine:
+                    with self._table.lookup(kind) as lookup:
+                        space.apply(mine, lookup)
+        except StorageError as error:
+            self._stop(error)
+            raise
+        self._write_ids.apply(records)
+        epoch = self.position.epoch
+        if records[-1].epoch != epoch:
+            for record in records:
+                if record.epoch > epoch:
+                    epoch = record.epoch
+                    self.epoch_starts[epoch] = record.sequence
+        self.position = Version(records[-1].epoch, records[-1].sequence)
+        puts = sum(record[5] is Operation.PUT for record in records)
+        self._pending_rows = max(0, self._pending_rows - puts)
+
+    def _publish(self) -> None:
+        space = self._spaces[Kind.ITEM]
+        arrays = space.arrays
+        assert arrays is not None
+        arrays.room(1)
+        self.view = ShardView(
+            shard=self.shard, position=self.position, rows=space.rows, alive_rows=space.alive,
+            vectors=space.file.vectors, ids=arrays.ids, masks=arrays.masks,
+            alive=arrays.alive(space.rows), rowset=space.rowset,
+        )  # fmt: skip
+        self.searchable = (self.view, self.engine)
+
+    def _current_state(self) -> TableState:
+        return opening.with_state(
+            self._state, self._spaces, position=self.position, epoch_starts=self.epoch_starts,
+            purge_floor=self.purge_floor, write_ids=len(self._write_ids),
+        )  # fmt: skip
+
+    def _after_checkpoint(self, state: TableState) -> None:
+        older_than_ns = time.time_ns() - int(self.config.wal_keep_s * 1e9)
+        self._log.drop_before(state.position.sequence + 1, older_than_ns)
+        self._table.drop_stale()
+        self._graph.save(self.engine, state.items.rowset)
+
+    def _note_checkpoint(self, state: TableState) -> None:
+        self._state = state
+        self._checkpointed_at = time.monotonic()
+        self._counters["checkpoints"] += 1
+
+    def _check_running(self) -> None:
+        if self._stopped is not None:
+            raise ReplicaStoppedError(
+                f"shard {self.shard} takes no more writes until it is reopened: {self._stopped}"
+            )
+
+    def _stop(self, error: StorageError) -> None:
+        self._stopped = self._stopped or error

@@ -1,0 +1,356 @@
+"""The table of one replica: LMDB with entries, write_ids and the one state record (docs/storage.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lmdb
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from storage.entries import kind_name
+from storage.errors import DamagedError, DiskFullError, FormatError, ReplicaStoppedError, StorageError
+from storage.records import Kind, Version
+
+FORMAT_VERSION = 1
+MAP_BYTES = 1 << 30
+_STATE_KEY = b"state"
+NOWHERE = Version(0, 0)
+_KINDS = (Kind.ITEM, Kind.USER)
+_READ_BYTES = 1 << 20
+Lookup = Callable[[bytes], bytes | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindState:
+    """Of one kind: the current rowset, the rows in its file, and what the entries must add up to."""
+
+    rowset: int = 1
+    rows: int = 0
+    entries: int = 0
+    digest: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableState:
+    """What a checkpoint says of itself; changes only in the transaction that changes the entries."""
+
+    node_id: str
+    shard: int
+    dim: int
+    metric: str
+    position: Version = NOWHERE
+    items: KindState = KindState()
+    users: KindState = KindState()
+    # epoch → the first sequence logged in it
+    epoch_starts: Mapping[int, int] = field(default_factory=dict)
+    purge_floor: int = 0
+    write_ids: int = 0
+
+    def of(self, kind: Kind) -> KindState:
+        return self.items if kind is Kind.ITEM else self.users
+
+
+class Table:
+    """One writer at a time (locked here), readers from any thread. No read transaction outlives its call."""
+
+    def __init__(self, directory: Path, map_bytes: int) -> None:
+        self.directory, self.path = directory, directory / "data.mdb"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        self._map_bytes = max(map_bytes, 2 * size)
+        # Held around every read transaction and around changes of the map's size, which LMDB allows only
+        # while no transaction of this process is open.
+        self._lock = threading.Lock()
+        self._writer = threading.Lock()
+        self._env = lmdb.open(
+            str(directory), map_size=self._map_bytes, max_dbs=16, max_spare_txns=4, meminit=False, mode=0o640
+        )
+        self._dbs: dict[str, Any] = {}
+        self._current = dict.fromkeys(_KINDS, 1)
+
+    @classmethod
+    def open(cls, directory: Path, *, map_bytes: int = MAP_BYTES) -> Table:
+        """Checks the seal of a clean close, removes it. Raises DamagedError, FormatError, DiskFullError."""
+        directory.mkdir(parents=True, exist_ok=True)
+        check_seal(directory)
+        try:
+            table = cls(directory, map_bytes)
+        except lmdb.Error as error:
+            raise _mapped(error, directory / "data.mdb") from error
+        try:
+            state = table.state()
+            if state is not None:
+                table._current = {kind: state.of(kind).rowset for kind in _KINDS}
+            with table._failing():
+                table._open_current()
+                if state is None:
+                    table._must_be_empty()
+                table._drop_stale()
+        except BaseException:
+            table._env.close()
+            raise
+        return table
+
+    def state(self) -> TableState | None:
+        """The last checkpoint's state; None in a new table. Raises DamagedError, FormatError."""
+        with self._lock, self._failing(), self._env.begin() as txn:
+            raw = txn.get(_STATE_KEY)
+        return None if raw is None else _decode_state(self.path, raw)
+
+    def get(self, kind: Kind, id: int) -> bytes | None:
+        """The entry's bytes, not verified."""
+        with self.lookup(kind) as find:
+            return find(id.to_bytes(8, "big"))
+
+    @contextmanager
+    def lookup(self, kind: Kind) -> Iterator[Lookup]:
+        """One read transaction for many look-ups: a function from key (8 bytes, big endian) to entry."""
+        with self._lock, self._failing(), self._env.begin(db=self._db(kind)) as txn:
+            yield txn.get
+
+    def scan(self, kind: Kind, *, after: int = -1, limit: int | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """(key, entry) of the current rowset in key order, ids greater than `after`, at most `limit`.
+
+        Holds the reading lock until it is exhausted or closed: give a small limit where others read.
+        """
+        if after >= (1 << 64) - 1:
+            return
+        first = (after + 1).to_bytes(8, "big")
+        with self._lock, self._failing(), self._env.begin(db=self._db(kind)) as txn, txn.cursor() as cursor:
+            if cursor.set_range(first):
+                yield from islice(cursor, limit)
+
+    def write_ids(self) -> list[tuple[bytes, bytes]]:
+        """(write_id, value) pairs, verified. Raises DamagedError."""
+        with self._lock, self._failing():
+            db = self._open_db("writes")
+            with self._env.begin(db=db) as txn, txn.cursor() as cursor:
+                pairs = [(key, value[8:], value[:8]) for key, value in cursor]
+        for key, value, check in pairs:
+            if xxh3_64_intdigest(key + value).to_bytes(8, "little") != check:
+                raise DamagedError(self.path, None, f"checksum of write_id {key.hex()} does not match")
+        return [(key, value) for key, value, _ in pairs]
+
+    def commit(
+        self,
+        state: TableState,
+        changes: Mapping[Kind, Mapping[int, bytes]],
+        write_ids: Mapping[bytes, bytes | None] | None = None,
+    ) -> None:
+        """One synced transaction: entries into the rowsets `state` names, write_ids (None removes), state.
+
+        Raises DiskFullError (nothing has changed), ReplicaStoppedError, DamagedError.
+        """
+        batches = [
+            (self._handle(kind, state.of(kind).rowset), _pairs(entries))
+            for kind, entries in changes.items()
+            if entries
+        ]
+        writes = self._handle_named("writes") if write_ids else None
+
+        def work(txn: Any) -> None:
+            for db, pairs in batches:
+                with txn.cursor(db=db) as cursor:
+                    cursor.putmulti(pairs)
+            for key, value in (write_ids or {}).items():
+                if value is None:
+                    txn.delete(key, db=writes)
+                else:
+                    txn.put(key, xxh3_64_intdigest(key + value).to_bytes(8, "little") + value, db=writes)
+            txn.put(_STATE_KEY, _encode_state(state))
+
+        self._write(work)
+
+    def put_ahead(self, kind: Kind, rowset: int, entries: Mapping[int, bytes]) -> None:
+        """Entries of a rowset that is not current yet. Raises as `commit`."""
+        db, pairs = self._handle(kind, rowset), _pairs(entries)
+
+        def work(txn: Any) -> None:
+            with txn.cursor(db=db) as cursor:
+                cursor.putmulti(pairs)
+
+        self._write(work)
+
+    def switch(self, kind: Kind, rowset: int) -> None:
+        """Reads go to `rowset` from now on; a commit has made it the current one on disk."""
+        with self._lock:
+            self._current[kind] = rowset
+
+    def drop_stale(self) -> None:
+        """Removes entries of rowsets that are not current."""
+        with self._failing():
+            self._drop_stale()
+
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def copy(self, directory: Path) -> None:
+        """A compact, consistent, fsynced copy."""
+        directory.mkdir(parents=True)
+        with self._failing():
+            self._env.copy(str(directory), compact=True)
+        fd = os.open(directory / "data.mdb", os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def close(self, *, seal: bool) -> None:
+        """Closes; `seal` leaves a checksum of the whole file for the next open."""
+        self._env.close()
+        if seal:
+            write_seal(self.directory)
+
+    def _db(self, kind: Kind) -> Any:
+        return self._open_db(f"{kind_name(kind)}-{self._current[kind]}")
+
+    def _open_db(self, name: str) -> Any:
+        db = self._dbs.get(name)
+        if db is None:
+            db = self._dbs[name] = self._env.open_db(name.encode())
+        return db
+
+    def _open_current(self) -> None:
+        # Opening a sub-database is a write transaction: done here, so that no reader ever waits for a writer.
+        for kind, rowset in self._current.items():
+            self._open_db(f"{kind_name(kind)}-{rowset}")
+        self._open_db("writes")
+
+    def _must_be_empty(self) -> None:
+        # A crash before the first commit leaves empty sub-databases; entries mean that the state is lost.
+        with self._env.begin() as txn:
+            if any(txn.stat(db)["entries"] for db in self._dbs.values()):
+                raise DamagedError(self.path, None, "entries without a state record")
+
+    def _handle_named(self, name: str) -> Any:
+        with self._writer, self._lock, self._failing():
+            return self._open_db(name)
+
+    def _handle(self, kind: Kind, rowset: int) -> Any:
+        return self._handle_named(f"{kind_name(kind)}-{rowset}")
+
+    def _drop_stale(self) -> None:
+        keep = {f"{kind_name(kind)}-{rowset}" for kind, rowset in self._current.items()} | {"writes"}
+        with self._writer:
+            with self._lock, self._env.begin() as txn, txn.cursor() as cursor:
+                names = [key.decode("ascii", "replace") for key in cursor.iternext(values=False)]
+            for name in names:
+                if name not in keep and name.encode() != _STATE_KEY:
+                    with self._lock:
+                        db = self._open_db(name)
+                    with self._env.begin(write=True) as txn:
+                        txn.drop(db)
+                    self._dbs.pop(name)
+
+    def _write(self, work: Callable[[Any], None]) -> None:
+        with self._writer, self._failing():
+            while True:
+                try:
+                    with self._env.begin(write=True) as txn:
+                        work(txn)
+                except lmdb.MapFullError:
+                    with self._lock:
+                        self._map_bytes *= 2
+                        self._env.set_mapsize(self._map_bytes)
+                else:
+                    return
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.Error as error:
+            raise _mapped(error, self.path) from error
+
+
+def write_seal(directory: Path) -> None:
+    """The size and checksum of a table that nobody has open, fsynced."""
+    size, check = _file_check(directory / "data.mdb")
+    temporary = directory / "seal.tmp"
+    text = json.dumps({"format": FORMAT_VERSION, "bytes": size, "xxh3": f"{check:016x}"})
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(directory / "seal")
+    _sync_directory(directory)
+
+
+def check_seal(directory: Path, *, remove: bool = True) -> bool:
+    """Whether a clean close has left a seal. Raises DamagedError when the table is not what was sealed.
+
+    The seal goes, durably, before anything is written: a seal of an older content would cry damage falsely.
+    """
+    path = directory / "seal"
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    try:
+        sealed = json.loads(text)
+        expected = (sealed["bytes"], int(sealed["xxh3"], 16))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(path, None, "it cannot be read") from error
+    if not (directory / "data.mdb").exists() or _file_check(directory / "data.mdb") != expected:
+        raise DamagedError(directory / "data.mdb", None, "it is not what was there at the last clean close")
+    if remove:
+        path.unlink()
+        _sync_directory(directory)
+    return True
+
+
+def _file_check(path: Path) -> tuple[int, int]:
+    digest, size = xxh3_64(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return size, digest.intdigest()
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _pairs(entries: Mapping[int, bytes]) -> list[tuple[bytes, bytes]]:
+    # In key order LMDB fills its pages one after the other.
+    return [(id.to_bytes(8, "big"), entries[id]) for id in sorted(entries)]
+
+
+def _encode_state(state: TableState) -> bytes:
+    text = json.dumps({"format": FORMAT_VERSION} | asdict(state), sort_keys=True).encode()
+    return xxh3_64_intdigest(text).to_bytes(8, "little") + text
+
+
+def _decode_state(path: Path, raw: bytes) -> TableState:
+    if xxh3_64_intdigest(raw[8:]).to_bytes(8, "little") != raw[:8]:
+        raise DamagedError(path, None, "checksum of the state record does not match")
+    fields = json.loads(raw[8:])
+    version = fields.pop("format")
+    if version != FORMAT_VERSION:
+        raise FormatError(f"{path} has format version {version}; this build knows {FORMAT_VERSION}")
+    fields["position"] = Version(*fields["position"])
+    fields["items"], fields["users"] = KindState(**fields["items"]), KindState(**fields["users"])
+    fields["epoch_starts"] = {int(epoch): start for epoch, start in fields["epoch_starts"].items()}
+    return TableState(**fields)
+
+
+def _mapped(error: lmdb.Error, path: Path) -> StorageError:
+    text = str(error)
+    if isinstance(error, lmdb.DiskError) or "No space left" in text:
+        return DiskFullError(f"{path}: no room left on the disk; free some space, reads go on meanwhile")
+    harmed = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError)
+    if isinstance(error, harmed) or "Invalid argument" in text:
+        return DamagedError(path, None, f"LMDB says: {text}")
+    return ReplicaStoppedError(f"{path}: LMDB says: {text}")
