@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import os
 import random
+import ssl
 import struct
 import threading
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import msgpack
 import trio
-from trio_websocket import ConnectionClosed, connect_websocket_url
+from trio_websocket import ConnectionClosed, wrap_client_stream
 
 __all__ = [
     "Answer",
@@ -42,6 +44,7 @@ __all__ = [
 
 Ack = Literal["primary", "quorum", "all"]
 Session = Sequence[tuple[int, int, int]]
+_Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 Vector = Any
 """float numbers, or FP32 little endian bytes, or a numpy array of float16, float32 or float64."""
 
@@ -52,6 +55,7 @@ BACKOFF_S = (0.02, 1.0)
 ATTEMPTS_MAX = 64
 PING_S = 5.0
 DIAL_S = 2.0
+CLOSE_S = 0.2
 
 
 class GmcoError(Exception):
@@ -224,7 +228,7 @@ class _Link:
             self.alive = False
             for waiter in self._waiting.values():
                 waiter.done.set()
-            with trio.move_on_after(0.2, shield=True):
+            with trio.move_on_after(CLOSE_S, shield=True):
                 await self._ws.aclose()
 
     async def _receive(self) -> None:
@@ -615,16 +619,35 @@ def _query(
     }
 
 
+async def _open(url: str) -> tuple[_Stream, str, str]:
+    """A stream to the URL's host (TLS for wss), its host:port, and the path to ask for."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise OSError(f"not a WebSocket URL: {url}")
+    secure = parts.scheme == "wss"
+    tcp = await trio.open_tcp_stream(parts.hostname, parts.port or 7400)
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if not secure:
+        return tcp, parts.netloc, path
+    context = ssl.create_default_context()
+    tls = trio.SSLStream(tcp, context, server_hostname=parts.hostname, https_compatible=True)
+    return tls, parts.netloc, path
+
+
 async def _hold(url: str, *, task_status: trio.TaskStatus[_Link]) -> None:
     """Opens a connection and runs it to its end. Raises Unavailable when it does not open."""
     started = False
+    stream: _Stream | None = None
     reason: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
             with trio.fail_after(DIAL_S):
-                ws = await connect_websocket_url(
+                stream, authority, path = await _open(url)
+                ws = await wrap_client_stream(
                     nursery,
-                    url,
+                    stream,
+                    authority,
+                    path,
                     subprotocols=["gmco.msgpack"],
                     message_queue_size=16,
                     max_message_size=FRAME_BYTES_MAX,
@@ -637,6 +660,11 @@ async def _hold(url: str, *, task_status: trio.TaskStatus[_Link]) -> None:
             nursery.cancel_scope.cancel()
     except* Exception as group:
         reason = group
+    finally:
+        # The library leaves the socket open when the node closed first.
+        if stream is not None:
+            with trio.move_on_after(CLOSE_S, shield=True):
+                await stream.aclose()
     if not started:
         raise Unavailable("unavailable", f"cannot connect to {url}") from reason
 

@@ -7,14 +7,14 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
 import trio
-from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError, open_websocket_url
+from trio_websocket import ConnectionClosed, wrap_client_stream
 
 from node.server import AppServer, Connection, ServerBounds
 from router.errors import RequestError
@@ -30,6 +30,22 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
             await test()
 
     trio.run(main)
+
+
+@asynccontextmanager
+async def dial(url: str, **options: Any) -> AsyncIterator[Any]:
+    """A client whose socket we close ourselves: the library forgets to when the server closed first."""
+    port = int(url.rsplit(":", 1)[1])
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as nursery:
+        ws = await wrap_client_stream(nursery, stream, f"127.0.0.1:{port}", "/", **options)
+        yield ws
+        await ws.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await trio.sleep(0.005)
 
 
 class Backend:
@@ -93,7 +109,7 @@ GET = {"op": "get", "kind": "item", "ids": []}
 
 def test_each_frame_is_answered_in_its_own_type() -> None:
     async def test() -> None:
-        async with serving() as (_, _, url), open_websocket_url(url) as ws:
+        async with serving() as (_, _, url), dial(url) as ws:
             await ws.send_message(json.dumps(PING))
             assert json.loads(await ws.get_message()) == {"id": 1, "ok": True}
             await ws.send_message(msgpack.packb([PING, {"id": "b", "op": "ping"}]))
@@ -111,7 +127,7 @@ def test_each_frame_is_answered_in_its_own_type() -> None:
 def test_a_subprotocol_fixes_the_type(subprotocol: str, good: Any, bad: Any) -> None:
     async def test() -> None:
         offered = ["other", subprotocol]
-        async with serving() as (_, _, url), open_websocket_url(url, subprotocols=offered) as ws:
+        async with serving() as (_, _, url), dial(url, subprotocols=offered) as ws:
             assert ws.subprotocol == subprotocol
             await ws.send_message(good)
             assert 1 in await replies(ws, 1)
@@ -125,7 +141,7 @@ def test_a_subprotocol_fixes_the_type(subprotocol: str, good: Any, bad: Any) -> 
 
 def test_faults_of_a_request_and_of_a_handler_stay_with_it() -> None:
     async def test() -> None:
-        async with serving() as (server, _, url), open_websocket_url(url) as ws:
+        async with serving() as (server, _, url), dial(url) as ws:
             found = await ask(
                 ws,
                 {"id": 1, "op": "nope"},
@@ -146,15 +162,26 @@ def test_faults_of_a_request_and_of_a_handler_stay_with_it() -> None:
     run(test)
 
 
+def upgrade(*headers: str) -> bytes:
+    lines = ["GET / HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade", *headers]
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    return "\r\n".join([*lines, key, "Sec-WebSocket-Version: 13", "", ""]).encode()
+
+
+async def status_line(port: int, *headers: str) -> bytes:
+    """The first line that a handshake with these headers gets. By hand: the library leaks a rejected socket."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(upgrade(*headers))
+        return bytes(await stream.receive_some()).split(b"\r\n")[0]
+
+
 async def garbage(url: str, raw: bytes, handshake: bool) -> bytes:
     """What a server says until it closes, when sent these bytes (after a proper handshake, if asked)."""
     stream = await trio.open_tcp_stream("127.0.0.1", int(url.rsplit(":", 1)[1]))
     heard = b""
     async with stream:
         if handshake:
-            key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
-            lines = ["GET / HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade", key]
-            await stream.send_all("\r\n".join([*lines, "Sec-WebSocket-Version: 13", "", ""]).encode())
+            await stream.send_all(upgrade())
             assert b"101" in await stream.receive_some()
         await stream.send_all(raw)
         try:
@@ -179,7 +206,7 @@ MASK = b"\x00\x00\x00\x00"
 ])  # fmt: skip
 def test_garbage_is_closed_and_disturbs_nobody(raw: bytes, handshake: bool, code: int | None) -> None:
     async def test() -> None:
-        async with serving(handshake_s=0.3) as (server, _, url), open_websocket_url(url) as other:
+        async with serving(handshake_s=0.3) as (server, _, url), dial(url) as other:
             heard = await garbage(url, raw, handshake)
             if code is not None:
                 assert heard[:1] == b"\x88"
@@ -192,7 +219,7 @@ def test_garbage_is_closed_and_disturbs_nobody(raw: bytes, handshake: bool, code
 
 def test_noise_after_the_handshake_disturbs_nobody() -> None:
     async def test() -> None:
-        async with serving(handshake_s=0.3) as (_, _, url), open_websocket_url(url) as other:
+        async with serving(handshake_s=0.3) as (_, _, url), dial(url) as other:
             for _ in range(30):
                 with trio.move_on_after(0.1):
                     await garbage(url, os.urandom(200), True)
@@ -203,9 +230,10 @@ def test_noise_after_the_handshake_disturbs_nobody() -> None:
 
 def test_a_frame_over_the_bound_closes_with_1009() -> None:
     async def test() -> None:
-        async with serving() as (_, _, url), open_websocket_url(url) as other, open_websocket_url(url) as ws:
-            with pytest.raises(ConnectionClosed) as closed:
+        async with serving() as (_, _, url), dial(url) as other, dial(url) as ws:
+            with suppress(ConnectionClosed):
                 await ws.send_message(bytes(3_000_000))
+            with pytest.raises(ConnectionClosed) as closed:
                 await ws.get_message()
             assert closed.value.reason.code == 1009
             assert (await ask(other, PING))[1]["ok"]
@@ -216,8 +244,8 @@ def test_a_frame_over_the_bound_closes_with_1009() -> None:
 def test_over_the_bound_in_flight_a_request_is_refused_at_once() -> None:
     async def test() -> None:
         bounds = {"connection_in_flight_max": 2, "in_flight_max": 3}
-        async with serving(**bounds) as (server, backend, url), open_websocket_url(url) as ws:
-            async with open_websocket_url(url) as other:
+        async with serving(**bounds) as (server, backend, url):
+            async with dial(url) as ws, dial(url) as other:
                 await ws.send_message(msgpack.packb([{"id": i, **GET} for i in range(3)]))
                 refused = await replies(ws, 1)
                 assert refused[2]["error"]["code"] == "overloaded"
@@ -236,12 +264,10 @@ def test_over_the_bound_in_flight_a_request_is_refused_at_once() -> None:
 
 def test_a_client_that_does_not_read_is_dropped_and_disturbs_nobody() -> None:
     async def test() -> None:
-        async with serving(send_s=0.3) as (server, _, url), open_websocket_url(url) as other:
+        async with serving(send_s=0.3) as (server, _, url), dial(url) as other:
             stream = await trio.open_tcp_stream("127.0.0.1", server.port)
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-            key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
-            lines = ["GET / HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade", key]
-            await stream.send_all("\r\n".join([*lines, "Sec-WebSocket-Version: 13", "", ""]).encode())
+            await stream.send_all(upgrade())
             assert b"101" in await stream.receive_some()
             request = msgpack.packb({"id": 1, "op": "recommend", "user_id": 1, "k": 5_000})
             for _ in range(6):
@@ -249,8 +275,7 @@ def test_a_client_that_does_not_read_is_dropped_and_disturbs_nobody() -> None:
             while server.statistics().slow_dropped == 0:
                 assert (await ask(other, PING))[1]["ok"]
                 await trio.sleep(0.02)
-            while server.statistics().connections > 1:
-                await trio.sleep(0.01)
+            await until(lambda: server.statistics().connections == 1)
             assert (await ask(other, PING))[1]["ok"]
             await stream.aclose()
 
@@ -261,14 +286,11 @@ def test_a_silent_peer_is_pinged_and_then_dropped() -> None:
     async def test() -> None:
         async with (
             serving(idle_ping_s=0.1, pong_s=0.2) as (server, _, url),
-            open_websocket_url(url) as lively,
+            dial(url) as lively,
         ):
             stream = await trio.open_tcp_stream("127.0.0.1", server.port)
-            key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
-            lines = ["GET / HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade", key]
-            await stream.send_all("\r\n".join([*lines, "Sec-WebSocket-Version: 13", "", ""]).encode())
-            while server.statistics().dead_dropped == 0:
-                await trio.sleep(0.02)
+            await stream.send_all(upgrade())
+            await until(lambda: server.statistics().dead_dropped > 0)
             await trio.sleep(0.3)  # time for a second drop, were the answering one taken for dead
             assert server.statistics().dead_dropped == 1
             assert (await ask(lively, PING))[1]["ok"]
@@ -280,12 +302,10 @@ def test_a_silent_peer_is_pinged_and_then_dropped() -> None:
 def test_a_client_that_leaves_takes_its_requests_with_it() -> None:
     async def test() -> None:
         async with serving() as (server, backend, url):
-            async with open_websocket_url(url) as ws:
+            async with dial(url) as ws:
                 await ws.send_message(msgpack.packb([{"id": i, **GET} for i in range(5)]))
-                while backend.waiting < 5:
-                    await trio.sleep(0.005)
-            while server.statistics().connections:
-                await trio.sleep(0.005)
+                await until(lambda: backend.waiting == 5)
+            await until(lambda: not server.statistics().connections)
             assert server.statistics().in_flight == 0
 
     run(test)
@@ -293,16 +313,10 @@ def test_a_client_that_leaves_takes_its_requests_with_it() -> None:
 
 def test_connections_and_origins_are_bounded() -> None:
     async def test() -> None:
-        async with serving(connections_max=1, origins=frozenset({"https://good"})) as (_, _, url):
-            with pytest.raises(ConnectionRejected) as rejected:
-                async with open_websocket_url(url, extra_headers=[(b"Origin", b"https://evil")]):
-                    pass
-            assert rejected.value.status_code == 403
-            async with open_websocket_url(url, extra_headers=[(b"Origin", b"https://good")]) as ws:
-                with pytest.raises(ConnectionRejected) as rejected:
-                    async with open_websocket_url(url):
-                        pass
-                assert rejected.value.status_code == 503
+        async with serving(connections_max=1, origins=frozenset({"https://good"})) as (server, _, url):
+            assert b" 403 " in await status_line(server.port, "Origin: https://evil")
+            async with dial(url, extra_headers=[(b"Origin", b"https://good")]) as ws:
+                assert b" 503 " in await status_line(server.port)
                 assert (await ask(ws, PING))[1]["ok"]
 
     run(test)
@@ -314,15 +328,13 @@ def test_stop_refuses_the_new_and_finishes_what_is_in_flight() -> None:
         server = AppServer(backend, LIMITS, port=0)
         async with trio.open_nursery() as nursery:
             url = f"ws://127.0.0.1:{await nursery.start(server.run)}"
-            async with open_websocket_url(url) as ws:
+            async with dial(url) as ws:
                 await ws.send_message(msgpack.packb({"id": 1, **GET}))
-                while not backend.waiting:
-                    await trio.sleep(0.005)
+                await until(lambda: backend.waiting > 0)
                 server.stop()
                 assert (await ask(ws, {"id": 2, **GET}))[2]["error"]["code"] == "shutting_down"
-                with pytest.raises((HandshakeError, OSError)):
-                    async with open_websocket_url(url, connect_timeout=1):
-                        pass
+                with pytest.raises(OSError, match="all attempts"):
+                    await trio.open_tcp_stream("127.0.0.1", server.port)
                 backend.gate.set()
                 assert (await replies(ws, 1))[1]["ok"]
                 with pytest.raises(ConnectionClosed) as closed:
@@ -337,7 +349,7 @@ def test_a_port_in_use_is_a_plain_oserror() -> None:
         async with serving() as (server, _, _):
             second = AppServer(Backend(), LIMITS, port=server.port)
             async with trio.open_nursery() as nursery:
-                with pytest.raises(OSError, match="") as refused:
+                with pytest.raises(OSError, match="ddress") as refused:
                     await nursery.start(second.run)
                 assert refused.value.errno == errno.EADDRINUSE
 
