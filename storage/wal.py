@@ -42,7 +42,7 @@ INDEX_STEP_BYTES = 64 << 10
 # length, check, body_check, epoch, sequence, timestamp_ns, class_count, vector, metadata bytes, reserved
 _PEEK = struct.Struct("<IIQQQ16xQ26xHIII")
 _MAGIC = TRAILER_MAGICS[0]
-_MAGIC_BYTES = _MAGIC.to_bytes(4, "little")
+_ZEROS = bytes(64 << 10)
 
 assert _PEEK.size == RECORD_HEADER_BYTES
 
@@ -74,10 +74,9 @@ def scan(data: Buffer, *, last_segment: bool) -> Scan:
         reason = f"the file has {len(data)} bytes, its header says {header.segment_bytes}"
         raise WalError(min(len(data), header.segment_bytes), reason)
     walked = _walk(data, header)
-    if walked.reason is None and walked.offset == walked.batch_start:
-        content = bytes(data[walked.offset :]).rstrip(b"\0")
-        if not content:
-            return walked.result(torn=False, torn_bytes=0)
+    whole = walked.reason is None and walked.offset == walked.batch_start
+    if whole and _content_end(data, walked.offset) == walked.offset:
+        return walked.result(torn=False, torn_bytes=0)
     if not last_segment:
         raise WalError(
             walked.offset, walked.reason or "a batch without its trailer, or bytes behind the last one"
@@ -176,7 +175,8 @@ def _trailer_step(
 def _judge(data: Buffer, walked: _Walk) -> Scan:
     """Torn or damaged: `walked` stopped in the last segment before a clean end."""
     offset, batch_start = walked.offset, walked.batch_start
-    content = bytes(data[offset:]).rstrip(b"\0")
+    content_end = _content_end(data, offset)
+    content = bytes(data[offset:content_end])
     if not content:
         # Whole records whose trailer never reached the disk.
         return walked.result(torn=True, torn_bytes=0)
@@ -184,22 +184,36 @@ def _judge(data: Buffer, walked: _Walk) -> Scan:
         # No sector of a batch holds just one byte that is not zero; a flipped one in the free space does.
         raise WalError(offset + len(content) - 1, "a byte that is not zero in the preallocated space")
     reason, span = walked.reason or "bytes behind the last batch", walked.span
+    # A trailer may end in zeros.
+    tail = bytes(data[offset : content_end + TRAILER_BYTES])
     if walked.reason is None:
         span = RECORD_HEADER_BYTES
-    elif span == RECORD_HEADER_BYTES and resembles_trailer(content):
+    elif span == RECORD_HEADER_BYTES and resembles_trailer(tail):
         span = TRAILER_BYTES
-    later = list(trailers(content, offset, walked.header))
+    later = list(trailers(tail, offset, walked.header))
     if later:
         at, found = later[0]
         if len(later) > 1 or found.start != batch_start:
             raise WalError(offset, f"{reason}, and a later batch is there")
-        if offset + len(content) > at + TRAILER_BYTES:
+        if content_end > at + TRAILER_BYTES:
             raise WalError(at + TRAILER_BYTES, "bytes behind the last batch")
         if zero_portions(bytes(data[batch_start:at]), batch_start) <= found.zero_portions:
             raise WalError(offset, f"{reason}, and no sector of its batch is missing")
     if not _touches_zero_portion(data, offset, span):
         raise WalError(offset, f"{reason}, and no missing sector explains it")
     return walked.result(torn=True, torn_bytes=len(content))
+
+
+def _content_end(data: Buffer, offset: int) -> int:
+    """Where the last byte that is not zero ends, `offset` when there is none behind it."""
+    end = len(data)
+    # Comparing goes by memcmp; stripping looks at each byte.
+    while end - offset >= len(_ZEROS) and data[end - len(_ZEROS) : end] == _ZEROS:
+        end -= len(_ZEROS)
+    start = max(offset, end - len(_ZEROS))
+    while (kept := len(bytes(data[start:end]).rstrip(b"\0"))) == 0 and start > offset:
+        start, end = max(offset, start - len(_ZEROS)), start
+    return start + kept
 
 
 def _touches_zero_portion(data: Buffer, offset: int, span: int) -> bool:

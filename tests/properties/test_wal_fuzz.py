@@ -13,7 +13,7 @@ from storage import segment as fmt
 from storage import wal
 from storage.disk import Log
 from storage.errors import DamagedError
-from storage.records import Record
+from storage.records import Kind, Operation, Record, encode
 from tests.unit.storage.wal_files import Built, batches, record
 
 _SECTOR = fmt.SECTOR_BYTES
@@ -54,16 +54,14 @@ def test_each_bit_of_the_last_batch_counts() -> None:
 
 
 def test_a_flip_among_sectors_that_were_written_as_zeros_is_damage() -> None:
-    one = fmt_zero_record(1)
-    built = Built([[one], [fmt_zero_record(2)]], segment_bytes=8192)
+    one = zero_record(1)
+    built = Built([[one], [zero_record(2)]], segment_bytes=8192)
     for position in range(built.spans[1][0], built.end):
         with pytest.raises(fmt.WalError):
             wal.scan(with_byte(built.data, position, 0x10), last_segment=True)
 
 
-def fmt_zero_record(sequence: int) -> bytes:
-    from storage.records import Kind, Operation, encode
-
+def zero_record(sequence: int) -> bytes:
     return encode(
         epoch=1, sequence=sequence, timestamp_ns=1, operation=Operation.PUT, kind=Kind.USER, id=1,
         vector=bytes(2048), metadata=b"\x80",
@@ -127,19 +125,17 @@ def test_a_torn_batch_is_cut_to_whole_records(
     safe = sum(map(len, content[:-1]))
     assert safe <= len(found) <= len(want)
     assert [r.sequence for r in found] == list(range(1, len(found) + 1))
-    assert all(torn[at : at + size] == one for (at, size), one in zip(built.records, want[: len(found)], strict=False))
+    assert all(
+        torn[at : at + size] == one
+        for (at, size), one in zip(built.records, want[: len(found)], strict=False)
+    )
     assert scanned.last.sequence == len(found)
     if torn == built.data:
         assert not scanned.torn
         assert len(found) == len(want)
-    with pytest.raises(fmt.WalError):
-        if torn == built.data:
-            raise fmt.WalError(0, "nothing was lost")
-        if len(found) == 0 and scanned.torn_bytes == 0:
-            raise fmt.WalError(0, "all of the only batch was lost: an empty segment, as good as one never written")
-        if not scanned.torn and len(found) == safe:
-            raise fmt.WalError(0, "all of the last batch was lost: it never happened")
-        wal.scan(torn, last_segment=False)
+    if scanned.torn:
+        with pytest.raises(fmt.WalError):
+            wal.scan(torn, last_segment=False)
 
 
 @settings(max_examples=150, deadline=None)
@@ -157,7 +153,9 @@ def test_a_crash_in_the_middle_of_recovery_changes_nothing(lost: int, again: int
     clean = torn[: first.end].ljust(len(torn), b"\0")
     after = bytearray(clean)
     if first.untrailed_from is not None:
-        trailer = fmt.encode_trailer(built.header, first.untrailed_from, bytes(clean[first.untrailed_from : first.end]))
+        trailer = fmt.encode_trailer(
+            built.header, first.untrailed_from, bytes(clean[first.untrailed_from : first.end])
+        )
         after[first.end : first.end + len(trailer)] = trailer
     old, new = (torn, clean) if step == 0 else (clean, after)
     mixed = bytearray(old)

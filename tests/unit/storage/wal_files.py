@@ -44,7 +44,9 @@ class Built:
     def __init__(
         self, content: Sequence[Sequence[bytes]], *, segment_bytes: int = 8192, first: int = 1, shard: int = 3
     ) -> None:
-        self.header = fmt.SegmentHeader(shard, first, segment_bytes, 0xFEED, 0 if first == 1 else 1, first - 1)
+        self.header = fmt.SegmentHeader(
+            shard, first, segment_bytes, 0xFEED, 0 if first == 1 else 1, first - 1
+        )
         data = bytearray(fmt.encode_header(self.header))
         self.spans: list[tuple[int, int]] = []
         self.records: list[tuple[int, int]] = []

@@ -1,0 +1,167 @@
+"""Durable writes: 64 trio writers over 3 logs with group commit, beside plain write + fdatasync of the same batches.
+
+python -m bench.wal [--quick]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import trio
+
+from bench.harness import arguments, figure, interleaved, say
+from node.commit import GroupCommit
+from storage import records, wal
+from storage import segment as fmt
+from storage.disk import Log
+
+WRITERS, LOGS = 64, 3
+VECTOR_BYTES, METADATA = 1_880, b"m" * 72  # with the header 2,048 bytes
+SEGMENT_BYTES = 64 << 20
+
+
+class Shard:
+    """What a shard's actor does with the log: sequence and encode in the flush, one thread hop, wake the writers."""
+
+    def __init__(self, directory: Path, shard: int) -> None:
+        self.log = Log.open(directory, shard=shard, segment_bytes=SEGMENT_BYTES)
+        self.batches: list[int] = []
+        self.limiter = trio.CapacityLimiter(1)
+        self.commit: GroupCommit[bytes, int] = GroupCommit(self._flush)
+
+    async def _flush(self, vectors: list[bytes]) -> list[int | Exception]:
+        first, stamp = self.log.last.sequence + 1, time.time_ns()
+        self.batches.append(len(vectors))
+        batch = [
+            records.encode(
+                epoch=1,
+                sequence=first + i,
+                timestamp_ns=stamp,
+                operation=records.Operation.PUT,
+                kind=records.Kind.ITEM,
+                id=first + i,
+                vector=vector,
+                metadata=METADATA,
+            )
+            for i, vector in enumerate(vectors)
+        ]
+        await trio.to_thread.run_sync(self.log.append, batch, limiter=self.limiter)
+        return list(range(first, first + len(batch)))
+
+
+async def _write(shards: list[Shard], writers: int, each: int) -> float:
+    vectors = [os.urandom(VECTOR_BYTES) for _ in range(16)]
+
+    async def writer(number: int) -> None:
+        commit = shards[number % len(shards)].commit
+        for i in range(each):
+            await commit.submit(vectors[i % 16])
+
+    async with trio.open_nursery() as loops:
+        for shard in shards:
+            await loops.start(shard.commit.run)
+        began = time.perf_counter()
+        async with trio.open_nursery() as nursery:
+            for number in range(writers):
+                nursery.start_soon(writer, number)
+        took = time.perf_counter() - began
+        loops.cancel_scope.cancel()
+    return took
+
+
+class Runs:
+    """Alternates ours and the peer; the peer writes the batches that ours was last seen to make."""
+
+    def __init__(self, directory: Path, each: int) -> None:
+        self.directory, self.each, self.number = directory, each, 0
+        self.batches: list[int] = []
+
+    def ours(self) -> float:
+        self.number += 1
+        shards = [Shard(self.directory / f"{self.number}-{shard}", shard) for shard in range(LOGS)]
+        took = trio.run(_write, shards, WRITERS, self.each)
+        # The order in time does not matter to the peer, the sizes do.
+        self.batches = [size for shard in shards for size in shard.batches]
+        for shard in shards:
+            shard.log.close()
+        shutil.rmtree(self.directory)
+        self.directory.mkdir()
+        return WRITERS * self.each / took
+
+    def peer(self) -> float:
+        path = self.directory / "peer"
+        record_bytes = records.HEADER_BYTES + VECTOR_BYTES + len(METADATA)
+        data = os.urandom(record_bytes * max(self.batches))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.posix_fallocate(fd, 0, record_bytes * sum(self.batches))
+        os.fsync(fd)
+        offset, began = 0, time.perf_counter()
+        for size in self.batches:
+            offset += os.pwrite(fd, memoryview(data)[: size * record_bytes], offset)
+            os.fdatasync(fd)
+        took = time.perf_counter() - began
+        os.close(fd)
+        path.unlink()
+        return sum(self.batches) / took
+
+
+def scan_rate(count: int) -> float:
+    """Records per second through scan and decode, in memory."""
+    header = fmt.SegmentHeader(0, 1, fmt.segment_bytes_for(count * 2_100, 1 << 20), 1, 0, 0)
+    data = bytearray(fmt.encode_header(header))
+    vector = os.urandom(VECTOR_BYTES)
+    for first in range(1, count + 1, 20):
+        batch = b"".join(
+            records.encode(
+                epoch=1,
+                sequence=s,
+                timestamp_ns=s,
+                operation=records.Operation.PUT,
+                kind=records.Kind.ITEM,
+                id=s,
+                vector=vector,
+                metadata=METADATA,
+            )
+            for s in range(first, first + 20)
+        )
+        data += batch + fmt.encode_trailer(header, len(data), batch)
+    segment = bytes(data).ljust(header.segment_bytes, b"\0")
+    began = time.perf_counter()
+    end = wal.scan(segment, last_segment=True).end
+    found = sum(1 for _ in wal.replay(segment, fmt.HEADER_BYTES, end))
+    assert found >= count
+    return found / (time.perf_counter() - began)
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    each, runs = (100, 5) if options.quick else (400, 9)
+    root = Path(".bench")
+    root.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as place:
+        run = Runs(Path(place) / "wal", each)
+        run.directory.mkdir()
+        run.ours()
+        ours, peer = interleaved(run.ours, run.peer, runs)
+        say(f"{sum(run.batches) / len(run.batches):.1f} records per batch")
+        if not options.only or options.only in "wal.durable":
+            figure(
+                "wal.durable",
+                ours,
+                "records/s",
+                peer="plain write + fdatasync of the same batches",
+                peer_value=peer,
+                target="ratio >= 0.7 and >= 10,000/s",
+                n=runs,
+            )
+    if not options.only or options.only in "wal.scan":
+        rate = sorted(scan_rate(20_000) for _ in range(runs))[runs // 2]
+        figure("wal.scan", rate, "records/s", peer=None, peer_value=None, target=">= 200,000/s", n=runs)
+
+
+if __name__ == "__main__":
+    main()
