@@ -7,6 +7,8 @@ ARGS ?=
 .PHONY: setup demo test soak lint types contracts check clean
 
 $(VENV)/.demo: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "GMC-O needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "a C++ compiler is needed (hnswlib is a source package); on Debian: apt install gcc g++ python3-dev python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing GMC-O (the first time takes a minute: hnswlib is compiled)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'

@@ -132,11 +132,14 @@ def status_tables(status: Mapping[str, Any]) -> list[Table]:
 def _shards_table(status: Mapping[str, Any]) -> Table:
     title = f"replicas on {status.get('node', '?')}"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    columns = ("shard", "role", "primary", "epoch", "sequence", "items", "users", "fresh", "lag", "state")
-    for name in columns:
-        table.add_column(name, justify="right" if name not in ("role", "primary", "state") else "left")
+    names = ("shard", "role", "primary", "position", "items", "users", "fresh", "lag", "state")
+    for name in names:
+        table.add_column(
+            name, no_wrap=True, justify="left" if name in ("role", "primary", "state") else "right"
+        )
     for shard in status.get("shards", []):
-        table.add_row(*(str(shard.get(name, "")) for name in columns))
+        cells = {**shard, "position": f"{shard.get('epoch', '?')}.{shard.get('sequence', '?')}"}
+        table.add_row(*(str(cells.get(name, "")) for name in names))
     return table
 
 
