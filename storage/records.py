@@ -127,28 +127,28 @@ def decode(data: bytes | memoryview, offset: int = 0) -> Record:
         length, check, body_check, epoch, sequence, epoch_v, sequence_v, timestamp_ns, write_id,
         id, operation, kind, class_count, vector_bytes, metadata_bytes, reserved,
     ) = HEADER.unpack_from(data, offset)  # fmt: skip
-    if header_check(data[offset:end], length) != check or reserved:
+    if xxh3_64_intdigest(data[offset + 8 : end], length) & 0xFFFFFFFF != check or reserved:
         raise RecordError("header checksum does not match")
     split = end + vector_bytes
     meta = split + 2 * class_count
     stop = meta + metadata_bytes
     if offset + length > len(data) or length != HEADER_BYTES + stop - end + (-(stop - end) % 8):
         raise RecordError("length does not match")
-    if (
-        xxh3_64_intdigest(data[end:stop]) != body_check
-        or data[stop : offset + length] != _PADDING[: offset + length - stop]
-    ):
+    following = offset + length
+    if xxh3_64_intdigest(data[end:stop]) != body_check or (stop != following and any(data[stop:following])):
         raise RecordError("body checksum does not match")
     try:
         operation, kind = _OPERATIONS[operation], _KINDS[kind]
     except KeyError as error:
         raise RecordError(f"unknown operation {operation} or kind {kind}") from error
-    return Record(
-        epoch, sequence, Version(epoch_v, sequence_v), timestamp_ns, write_id, operation, kind, id,
-        bytes(data[end:split]), struct.unpack_from(f"<{class_count}H", data, split), bytes(data[meta:stop]), body_check,
-    )  # fmt: skip
+    classes = struct.unpack_from(f"<{class_count}H", data, split) if class_count else ()
+    # tuple.__new__ spares two calls through Python for each record: a fifth of the time.
+    return _new(Record, (
+        epoch, sequence, _new(Version, (epoch_v, sequence_v)), timestamp_ns, write_id, operation, kind, id,
+        bytes(data[end:split]), classes, bytes(data[meta:stop]), body_check,
+    ))  # fmt: skip
 
 
-_PADDING = bytes(7)
+_new = tuple.__new__
 _OPERATIONS = {int(o): o for o in Operation}
 _KINDS = {int(k): k for k in Kind}
