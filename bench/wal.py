@@ -110,7 +110,7 @@ class Runs:
 
 
 def scan_rate(count: int) -> float:
-    """Records per second through scan and decode, in memory."""
+    """Records per second of CPU time (one thread, no I/O: neighbours do not count) through scan and decode."""
     header = fmt.SegmentHeader(0, 1, fmt.segment_bytes_for(count * 2_100, 1 << 20), 1, 0, 0)
     data = bytearray(fmt.encode_header(header))
     vector = os.urandom(VECTOR_BYTES)
@@ -130,11 +130,11 @@ def scan_rate(count: int) -> float:
         )
         data += batch + fmt.encode_trailer(header, len(data), batch)
     segment = bytes(data).ljust(header.segment_bytes, b"\0")
-    began = time.perf_counter()
+    began = time.process_time()
     end = wal.scan(segment, last_segment=True).end
     found = sum(1 for _ in wal.replay(segment, fmt.HEADER_BYTES, end))
     assert found >= count
-    return found / (time.perf_counter() - began)
+    return found / (time.process_time() - began)
 
 
 def main() -> None:
@@ -160,7 +160,15 @@ def main() -> None:
             )
     if not options.only or options.only in "wal.scan":
         rate = sorted(scan_rate(20_000) for _ in range(runs))[runs // 2]
-        figure("wal.scan", rate, "records/s", peer=None, peer_value=None, target=">= 200,000/s", n=runs)
+        figure(
+            "wal.scan",
+            rate,
+            "records per CPU second",
+            peer=None,
+            peer_value=None,
+            target=">= 200,000/s",
+            n=runs,
+        )
 
 
 if __name__ == "__main__":
