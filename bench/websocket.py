@@ -30,7 +30,7 @@ from router.wire import Reply
 
 DEPTH = 64
 FRAMED = 32
-RUNS = 5
+RUNS = 9
 RECEIVE_BYTES = 64 << 10
 
 
@@ -119,8 +119,8 @@ async def _exchange(ws: WebSocketConnection, framed: int, frames: int, seconds: 
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    seconds = 1.0 if options.quick else 4.0
-    runs = 3 if options.quick else RUNS
+    seconds = 1.0 if options.quick else 2.0
+    runs = 5 if options.quick else RUNS
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=_server, args=(theirs,), daemon=True)
