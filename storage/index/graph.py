@@ -96,9 +96,8 @@ class GraphEngine:
             walked = [g for g in groups if plan[id(g)]]
             whole = [g for g in groups if not plan[id(g)]]
             if walked:
-                unsure = self._walk(
-                    held[1], view, queries, k, walked, [plan[id(g)] for g in walked], survivors
-                )
+                widths = [plan[id(g)] for g in walked]
+                unsure = self._walk(held[1], start, queries, k, walked, widths, survivors)
                 walked, whole = _apart(walked, unsure), whole + unsure
         for part, low in ((whole, 0), (walked, start)):
             self._scan(view, queries, k, part, low, survivors)
@@ -122,7 +121,7 @@ class GraphEngine:
     def _walk(
         self,
         graph: Graph,
-        view: ShardView,
+        start: int,
         queries: npt.NDArray[np.float16],
         k: int,
         groups: Sequence[Group],
@@ -134,7 +133,7 @@ class GraphEngine:
         margins = scan.slack(queries.astype(np.float32), 1.001) + graph.noise
         by_width: dict[tuple[int, int], list[Group]] = {}
         for group, ef in zip(groups, widths, strict=True):
-            share = _prefix_count(group.matching, graph.rows) / graph.rows
+            share = _prefix_count(group.matching, start) / start
             # Enough for k and a margin when the constraint has nothing to do with the query; else everything
             # walked.
             count = ef if share <= 0.5 else min(ef, int((k + max(k // 2, 8)) / share**2) + 2)
@@ -146,7 +145,7 @@ class GraphEngine:
             low = 0
             for group in same:
                 high = low + len(group.queries)
-                lacking = _take(group, labels[low:high], scores[low:high], k, margins, survivors)
+                lacking = _take(group, start, labels[low:high], scores[low:high], k, margins, survivors)
                 low = high
                 if len(lacking):
                     unsure.append(Group(lacking, group.matching))
@@ -193,8 +192,12 @@ class GraphEngine:
                 low, high = graph.rows, min(graph.rows + self._step_rows, view.rows)
                 with self._turns.build():
                     begin = time.monotonic()
-                    graph.reserve(high)
-                    graph.add(view.vectors[low:high])
+                    try:
+                        graph.reserve(high)
+                        graph.add(view.vectors[low:high])
+                    except BaseException:
+                        self._held = None  # half-added rows must not be found; the next build starts afresh
+                        raise
                     took = time.monotonic() - begin
                 rate = (high - low) * STEP_S / max(took, 1e-6)
                 step = int(min(rate, 2 * self._step_rows))
@@ -280,6 +283,7 @@ def _apart(groups: Sequence[Group], without: Sequence[Group]) -> list[Group]:
 
 def _take(
     group: Group,
+    start: int,
     labels: npt.NDArray[np.int64],
     scores: npt.NDArray[np.float32],
     k: int,
@@ -287,8 +291,8 @@ def _take(
     survivors: list[Rows],
 ) -> Rows:
     """Keep of each query's labels [n, count] the matching ones that may be among its best k; the queries with too few."""
-    bits = group.matching.bits
-    within = (labels >= 0) & (labels < 8 * len(bits))
+    # Rows that the builder took since the search began are scanned as fresh.
+    within = (labels >= 0) & (labels < start)
     fits = within & group.matching.flags(np.where(within, labels, 0))
     seen = np.cumsum(fits, axis=1)
     enough = seen[:, -1] >= k

@@ -61,7 +61,10 @@ def _dots(
     rows: npt.NDArray[np.float64], query: npt.NDArray[np.float64], metric: Metric
 ) -> npt.NDArray[np.float64]:
     if metric == "cosine":
-        return rows @ query
+        # Not `rows @ query`: OpenBLAS would wake its threads for it, which then spin on the cores that a graph walk
+        # in the same batch needs.
+        dots: npt.NDArray[np.float64] = np.vecdot(rows, query)
+        return dots
     products = rows * query
     width = products.shape[1]
     while width > 1:
