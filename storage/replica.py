@@ -187,11 +187,12 @@ class Replica:
     def compaction_due(self) -> bool:
         return self._compactable() is not None
 
-    def begin_compaction(self) -> CompactionJob:
-        """Of the kind that is due; items when none is. Raises DiskFullError."""
+    def begin_compaction(self, kind: Kind | None = None) -> CompactionJob:
+        """Of `kind`, or of the kind that is due; items when none is. Raises DiskFullError."""
         self._check_running()
         assert self._compaction is None, "one compaction at a time"
-        space = self._compactable() or self._spaces[Kind.ITEM]
+        due = self._compactable() or self._spaces[Kind.ITEM]
+        space = due if kind is None else self._spaces[kind]
         self._compaction = CompactionJob(self, space, self._table)
         return self._compaction
 
