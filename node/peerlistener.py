@@ -249,13 +249,15 @@ class _Session:
 
     def _fail(self, request_id: int, code: str, message: str, retry_after_ms: int | None = None) -> None:
         self._listener.errors += 1
-        self.conn.send(ERROR, request_id, code, (message[:MESSAGE_CHARS_MAX], retry_after_ms))
+        # A sentence about a file can hold what UTF-8 cannot; an error must always get through.
+        said = message[:MESSAGE_CHARS_MAX].encode(errors="replace").decode()
+        self.conn.send(ERROR, request_id, code, (said, retry_after_ms))
 
     def _fail_with(self, request_id: int, op: str, error: Exception) -> None:
         code = getattr(error, "code", None)
         if isinstance(code, str):
             retry_after_ms = getattr(error, "retry_after_ms", None)
-            message = getattr(error, "message", None) or str(error)
+            message = str(getattr(error, "message", None) or error)
             self._fail(request_id, code, message, retry_after_ms if isinstance(retry_after_ms, int) else None)
             return
         log.error("handler_failed", op=op, peer=self.peer.node, exc_info=error)

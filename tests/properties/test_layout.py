@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import product
 from math import ceil
 from random import Random
 
@@ -127,3 +128,12 @@ def test_moves_of_the_production_cluster() -> None:
     after = [*members, Member(name="new", region="r0")]
     # 300 replicas; 3 must move.
     assert moved(place(members, 100, 3), place(after, 100, 3)) <= 36
+
+
+def test_equal_zones_never_share_a_shard() -> None:
+    # Every size, not a sample: walking greedily alone fails for a few of them only.
+    for zones, each, shard_count in product((2, 3, 4), (1, 2, 3, 4), (7, 12, 30, 64, 100)):
+        members = [Member(name=f"n{i}", zone=f"z{i % zones}") for i in range(zones * each)]
+        zone_of = {member.name: member.zone for member in members}
+        for placement in place(members, shard_count, min(3, zones)):
+            assert len({zone_of[name] for name in placement.voters}) == len(placement.voters)

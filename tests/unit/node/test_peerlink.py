@@ -1,15 +1,10 @@
-"""The peer link over real sockets."""
+"""Calls over a peer link: multiplexing, bounds, errors, garbage."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
-import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, ParamSpec
 
 import msgpack
 import pytest
@@ -18,96 +13,15 @@ import trio
 from node.config import Address
 from node.frames import MAGIC, pack_hello
 from node.peerlink import (
-    Handler,
-    Hello,
     PeerGoneError,
     PeerLimits,
     PeerLink,
-    PeerListener,
     PeerOverloadedError,
     PeerTimeoutError,
     PeerTooLargeError,
     RemoteError,
 )
-
-P = ParamSpec("P")
-ANY = Address("127.0.0.1", 0)
-SMALL = PeerLimits(frame_bytes=100_000, queue_bytes=300_000, requests_in_flight=8)
-QUICK = PeerLimits(heartbeat_s=0.1, silence_s=0.4)
-
-
-def hello(node: str, **changes: Any) -> Hello:
-    return dataclasses.replace(
-        Hello(cluster_id="c", node=node, shard_count=12, dim=8, metric="cosine", boot=1), **changes
-    )
-
-
-class CodedError(Exception):
-    code = "indexing"
-    retry_after_ms = 70
-
-
-async def slow_echo(peer: str, body: Any) -> Any:
-    await trio.sleep(body / 1000)
-    return body
-
-
-async def coded(peer: str, body: Any) -> Any:
-    await trio.lowlevel.checkpoint()
-    raise CodedError("wait a little")
-
-
-def broken(peer: str, body: Any) -> Any:
-    raise ZeroDivisionError("a secret")
-
-
-HANDLERS: dict[str, Handler] = {
-    "who": lambda peer, body: peer,
-    "echo": lambda peer, body: body,
-    "slow": slow_echo,
-    "coded": coded,
-    "broken": broken,
-    "unpackable": lambda peer, body: object(),
-    "grow": lambda peer, body: bytes(body),
-}
-
-
-@asynccontextmanager
-async def linked(
-    handlers: Mapping[str, Handler] = HANDLERS,
-    *,
-    mine: Hello | None = None,
-    theirs: Hello | None = None,
-    limits: PeerLimits | None = None,
-    listener_limits: PeerLimits | None = None,
-    connect: bool = True,
-) -> AsyncIterator[tuple[PeerLink, PeerListener]]:
-    with trio.fail_after(10):
-        async with trio.open_nursery() as nursery:
-            listener = PeerListener(
-                handlers, theirs or hello("b"), listen=ANY, limits=listener_limits or limits
-            )
-            address = await nursery.start(listener.run)
-            link = PeerLink(address, mine or hello("a"), limits=limits, jitter=random.Random(1))
-            await nursery.start(link.run)
-            if connect:
-                await link.wait_connected()
-            yield link, listener
-            nursery.cancel_scope.cancel()
-
-
-def on_trio(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        trio.run(functools.partial(test, *args, **kwargs))
-
-    return run
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(5):
-        while not condition():
-            await trio.sleep(0.005)
+from tests.unit.node.peers import SMALL, hello, linked, on_trio, until
 
 
 @on_trio
@@ -290,111 +204,3 @@ async def test_garbage_closes_only_its_connection() -> None:
 
 def frame(payload: bytes) -> bytes:
     return struct.pack("<I", len(payload)) + payload
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"cluster_id": "other"}, "different cluster_id"),
-        ({"shard_count": 100}, "different shard_count"),
-        ({"dim": 1024}, "different dim"),
-        ({"metric": "dot"}, "different metric"),
-        ({"node": "a"}, 'two nodes are named "a"'),
-        ({"format_min": 9, "format_max": 9}, "no common format"),
-    ],
-)
-@on_trio
-async def test_strangers_are_refused_and_told_why(changes: dict[str, Any], said: str) -> None:
-    async with linked(theirs=hello(**{"node": "b"} | changes), connect=False) as (link, listener):
-        await until(lambda: said in link.statistics().last_error)
-        assert listener.statistics().refused_hellos >= 1
-        with pytest.raises(PeerGoneError, match=said) as caught:
-            await link.call("echo", 1, 1.0)
-        assert not caught.value.sent
-
-
-@on_trio
-async def test_unknown_names_and_wrong_addresses_are_refused() -> None:
-    async with trio.open_nursery() as nursery:
-        listener = PeerListener(HANDLERS, hello("b"), listen=ANY, known={"c"})
-        address = await nursery.start(listener.run)
-        stranger = PeerLink(address, hello("a"))
-        lost = PeerLink(address, hello("c"), expect="d")
-        await nursery.start(stranger.run)
-        await nursery.start(lost.run)
-        await until(lambda: "not in cluster.members" in stranger.statistics().last_error)
-        await until(lambda: 'expected "d", found "b"' in lost.statistics().last_error)
-        nursery.cancel_scope.cancel()
-
-
-@on_trio
-async def test_a_drop_tells_every_waiter_and_the_link_comes_back() -> None:
-    async with trio.open_nursery() as nursery:
-        listener = PeerListener(HANDLERS, hello("b"), listen=ANY)
-        with trio.fail_after(10):
-            address = await nursery.start(listener.run)
-            link = PeerLink(address, hello("a"), expect="b")
-            await nursery.start(link.run)
-            await link.wait_connected()
-            told: list[bool] = []
-
-            async def ask() -> None:
-                with pytest.raises(PeerGoneError) as caught:
-                    await link.call("slow", 60_000, 60.0)
-                told.append(caught.value.sent)
-
-            async with trio.open_nursery() as askers:
-                for _ in range(5):
-                    askers.start_soon(ask)
-                await until(lambda: listener.statistics().peers == {"a": 5})
-                for session in listener._peers.values():
-                    session.conn.close("the test pulls the plug")
-            assert told == [True] * 5
-            await link.wait_connected()
-            assert await link.call("echo", 7, 1.0) == 7
-            assert link.statistics().connects == 2
-        nursery.cancel_scope.cancel()
-
-
-@on_trio
-async def test_a_peer_that_was_down_is_found_when_it_comes() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    async with trio.open_nursery() as nursery:
-        link = PeerLink(Address("127.0.0.1", port), hello("a"))
-        await nursery.start(link.run)
-        with pytest.raises(PeerGoneError):
-            await link.call("echo", 1, 1.0)
-        await until(lambda: link.statistics().failed_connects >= 2)
-        listener = PeerListener(HANDLERS, hello("b"), listen=Address("127.0.0.1", port))
-        await nursery.start(listener.run)
-        with trio.fail_after(5):
-            await link.wait_connected()
-        assert await link.call("echo", 1, 1.0) == 1
-        nursery.cancel_scope.cancel()
-
-
-@on_trio
-async def test_idle_links_live_by_heartbeats() -> None:
-    async with linked(limits=QUICK) as (link, listener):
-        await trio.sleep(1.0)
-        assert link.statistics().connects == 1
-        assert listener.statistics().accepted == 1
-        assert await link.call("echo", 1, 1.0) == 1
-
-
-@on_trio
-async def test_a_newer_process_replaces_an_older_one() -> None:
-    async with trio.open_nursery() as nursery:
-        listener = PeerListener(HANDLERS, hello("b"), listen=ANY)
-        address = await nursery.start(listener.run)
-        old = PeerLink(address, hello("a", boot=1))
-        await nursery.start(old.run)
-        await old.wait_connected()
-        new = PeerLink(address, hello("a", boot=2))
-        await nursery.start(new.run)
-        await new.wait_connected()
-        await until(lambda: "a newer process" in old.statistics().last_error)
-        assert await new.call("echo", 1, 1.0) == 1
-        nursery.cancel_scope.cancel()
