@@ -150,7 +150,7 @@ class CompactionJob:
             self._placed[id] = row
             row += 1
         self._file.ensure(row)
-        self._file.write(first, b"".join(vectors))
+        self._file.write(first, vectors)
         if self._arrays is not None:
             self._arrays.place(np.arange(first, row, dtype=np.int64), ids, b"".join(blobs), counts)
         self._rows, self._alive = row, self._alive + len(ids)

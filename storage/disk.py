@@ -279,6 +279,19 @@ class Log:
 
         Raises DamagedError, also when records right after `after` are missing.
         """
+        for path, data, offset, end in self.spans(after):
+            try:
+                for record in wal.replay(data, offset, end):
+                    if record.sequence > after:
+                        yield record
+            except fmt.WalError as error:
+                raise damaged(path, error) from error
+
+    def spans(self, after: int) -> Iterator[tuple[Path, bytes, int, int]]:
+        """(path, segment's bytes, offset, end): where records after `after` lie, with a few before them in front.
+
+        Each segment was verified whole since the log was opened. Raises DamagedError.
+        """
         with self._lock:
             segments, last = list(self._segments), self.last.sequence
         if after + 1 < segments[0].header.first_sequence or after > last:
@@ -292,12 +305,7 @@ class Log:
             assert segment.end is not None
             found = bisect_right(segment.marks, (after + 1, fmt.SEGMENT_BYTES_MAX)) - 1
             offset = segment.marks[found][1] if found >= 0 else fmt.HEADER_BYTES
-            try:
-                for record in wal.replay(read_segment(segment), offset, segment.end):
-                    if record.sequence > after:
-                        yield record
-            except fmt.WalError as error:
-                raise damaged(segment.path, error) from error
+            yield segment.path, read_segment(segment), offset, segment.end
 
     def drop_before(self, sequence: int, older_than_ns: int) -> int:
         """Remove whole segments whose records are all below `sequence` and stamped before older_than_ns; how many.

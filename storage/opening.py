@@ -6,13 +6,13 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storage.bulk import Columns, columns
 from storage.checkpoint import CheckpointJob
 from storage.config import StorageConfig
 from storage.disk import Log
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from storage.replica import Replica
 
 KINDS = (Kind.ITEM, Kind.USER)
-_BATCH = 1_024
+_BATCH = 2_048
 # While nothing is served yet, longer steps between checkpoints spare fsyncs.
 _REPLAY_BYTES = 64 << 20
 
@@ -139,10 +139,10 @@ def replay(replica: Replica, log: Log, after: int) -> tuple[int, int]:
     A checkpoint's disk work runs in a thread of this call's own while the next records are decoded. Memory stays
     bounded: at most two checkpoints' worth of changes wait.
     """
-    records, count, checkpoints = log.replay(after), 0, 0
+    records, count, checkpoints = _columns(log, after), 0, 0
     running: tuple[CheckpointJob, Future[None]] | None = None
     with ThreadPoolExecutor(1) as pool:
-        while batch := list(islice(records, _BATCH)):
+        for batch in records:
             replica.take_logged(batch)
             count += len(batch)
             if running is not None and (running[1].done() or replica.unsaved_bytes >= _REPLAY_BYTES):
@@ -157,6 +157,11 @@ def replay(replica: Replica, log: Log, after: int) -> tuple[int, int]:
             running[1].result()
             replica.finish_checkpoint(running[0])
     return count, checkpoints
+
+
+def _columns(log: Log, after: int) -> Iterator[Columns]:
+    for _, data, offset, end in log.spans(after):
+        yield from columns(data, offset, end, after, _BATCH)
 
 
 def with_state(

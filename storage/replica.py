@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from storage import lookups, opening, snapshot
+from storage.bulk import Columns
 from storage.checkpoint import CheckpointJob
 from storage.compaction import CompactionJob
 from storage.config import StorageConfig
@@ -16,7 +17,6 @@ from storage.errors import DiskFullError, IndexingError, ReplicaStoppedError, St
 from storage.index import make_engine
 from storage.index.base import Engine
 from storage.lookups import Row
-from storage.records import HEADER_BYTES as RECORD_BYTES
 from storage.records import Kind, Operation, Record, Version
 from storage.saved_graph import SavedGraph
 from storage.space import Space
@@ -145,13 +145,14 @@ class Replica:
     def begin_checkpoint(self) -> CheckpointJob:
         self._check_running()
         assert self._checkpoint is None, "one checkpoint at a time"
+        write_ids = self._write_ids.freeze()
         state = self._current_state()
         self._checkpoint = CheckpointJob(
             table=self._table,
             files=[space.file for space in self._spaces.values()],
             state=state,
             changes={kind: space.freeze() for kind, space in self._spaces.items()},
-            write_ids=self._write_ids.freeze(),
+            write_ids=write_ids,
             stop=self._stop,
             afterwards=self._after_checkpoint,
         )
@@ -218,23 +219,22 @@ class Replica:
         """A job's transaction: all that memory holds, with `kind` in its next rowset. Raises StorageError."""
         self._check_running()
         assert self._checkpoint is None, "no checkpoint beside a compaction's commit"
+        write_ids = self._write_ids.freeze()
         state = self._current_state()
         of = replace(state.of(kind), rowset=rowset, rows=rows)
         state = replace(state, items=of) if kind is Kind.ITEM else replace(state, users=of)
         changes = {kind_: space.layers[0] for kind_, space in self._spaces.items()} | {kind: moved}
+        kept = False
         try:
             for space in self._spaces.values():
                 space.file.sync()
-            write_ids = self._write_ids.freeze()
-            try:
-                self._table.commit(state, changes, write_ids)
-            except BaseException:
-                self._write_ids.thaw(kept=False)
-                raise
-            self._write_ids.thaw(kept=True)
+            self._table.commit(state, changes, write_ids)
+            kept = True
         except ReplicaStoppedError as error:
             self._stop(error)
             raise
+        finally:
+            self._write_ids.thaw(kept=kept)
         return state
 
     def compaction_ended(self) -> None:
@@ -358,12 +358,17 @@ class Replica:
             graph_s=end - replayed_at, total_s=end - start, log=self._log.statistics(),
         )  # fmt: skip
 
-    def take_logged(self, records: Sequence[Record]) -> None:
+    def take_logged(self, records: Columns) -> None:
         """Replay's part of `apply`: the log has these already, and no view is published. Raises DiskFullError."""
-        for space in self._spaces.values():
-            space.file.ensure(space.rows + sum(record[6] is space.kind for record in records))
-        self._take(records)
-        self.unsaved_bytes += sum(RECORD_BYTES + len(record[8]) + len(record[10]) for record in records)
+        for kind, space in self._spaces.items():
+            mine = records.of(kind)
+            if len(mine):
+                space.file.ensure(space.rows + len(mine))
+                space.apply_columns(mine, self._table)
+        head = records.headers
+        self._write_ids.apply_columns(head)
+        self._advance(head["epoch"].tolist(), head["sequence"].tolist())
+        self.unsaved_bytes += records.size_bytes()
 
     def _take(self, records: Sequence[Record]) -> None:
         if not records:
@@ -379,15 +384,16 @@ class Replica:
             self._stop(error)
             raise
         self._write_ids.apply(records)
-        epoch = self.position.epoch
-        if records[-1].epoch != epoch:
-            for record in records:
-                if record.epoch > epoch:
-                    epoch = record.epoch
-                    self.epoch_starts[epoch] = record.sequence
-        self.position = Version(records[-1].epoch, records[-1].sequence)
+        self._advance([record.epoch for record in records], [record.sequence for record in records])
         puts = sum(record[5] is Operation.PUT for record in records)
         self._pending_rows = max(0, self._pending_rows - puts)
+
+    def _advance(self, epochs: Sequence[int], sequences: Sequence[int]) -> None:
+        if epochs[-1] != self.position.epoch:
+            for epoch, sequence in zip(epochs, sequences, strict=True):
+                if epoch > self.position.epoch:
+                    self.epoch_starts.setdefault(epoch, sequence)
+        self.position = Version(epochs[-1], sequences[-1])
 
     def _publish(self) -> None:
         space = self._spaces[Kind.ITEM]
@@ -404,7 +410,7 @@ class Replica:
     def _current_state(self) -> TableState:
         return opening.with_state(
             self._state, self._spaces, position=self.position, epoch_starts=self.epoch_starts,
-            purge_floor=self.purge_floor, write_ids=len(self._write_ids),
+            purge_floor=self.purge_floor, write_ids=self._write_ids.chunks,
         )  # fmt: skip
 
     def _after_checkpoint(self, state: TableState) -> None:

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ FORMAT_VERSION = 1
 _MAGIC = b"GMCOROWS"
 _FIELDS = struct.Struct("<8sIIIIQ")  # magic, format version, shard, dim, kind, rowset
 _CHECK = struct.Struct("<Q")
+# Linux takes at most this many buffers in one pwritev.
+_BUFFERS_MAX = 1_024
 _GROW_BYTES_MIN = 1 << 20
 _GROW_BYTES_MAX = 256 << 20
 
@@ -89,15 +92,20 @@ class RowFile:
             raise disk_error(error, self.path) from error
         self._map()
 
-    def write(self, first: int, data: bytes) -> None:
-        """Whole rows from row `first` on; room must have been made. Raises ReplicaStoppedError."""
-        assert len(data) % self.row_bytes == 0
-        assert first + len(data) // self.row_bytes <= self.capacity
-        offset, rest = HEADER_BYTES + first * self.row_bytes, memoryview(data)
+    def write(self, first: int, rows: Sequence[bytes | memoryview]) -> None:
+        """Rows from row `first` on, each whole; room must have been made. Raises ReplicaStoppedError."""
+        assert first + len(rows) <= self.capacity
+        assert all(len(row) == self.row_bytes for row in rows)
         try:
-            while rest:
-                count = os.pwrite(self._fd, rest, offset)
-                offset, rest = offset + count, rest[count:]
+            for low in range(0, len(rows), _BUFFERS_MAX):
+                part = rows[low : low + _BUFFERS_MAX]
+                offset = self.offset(first + low)
+                written = os.pwritev(self._fd, part, offset)
+                if written < len(part) * self.row_bytes:
+                    rest = memoryview(b"".join(part))[written:]
+                    while rest:
+                        count = os.pwrite(self._fd, rest, offset + written)
+                        written, rest = written + count, rest[count:]
         except OSError as error:
             # The space was ours already, so this is no full disk but a failing one.
             raise ReplicaStoppedError(f"{self.path}: writing rows failed: {error}") from error

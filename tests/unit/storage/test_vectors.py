@@ -36,7 +36,7 @@ def test_names_carry_kind_and_rowset() -> None:
 def test_rows_are_read_as_written_and_after_reopening(tmp_path: Path) -> None:
     file, data = create(tmp_path / "r"), rows(10)
     file.ensure(10)
-    file.write(0, data.tobytes())
+    file.write(0, [row.tobytes() for row in data])
     assert np.array_equal(file.vectors[:10], data)
     assert file.read(3) == data[3].tobytes()
     file.sync()
@@ -49,11 +49,11 @@ def test_rows_are_read_as_written_and_after_reopening(tmp_path: Path) -> None:
 def test_growing_leaves_older_views_whole(tmp_path: Path) -> None:
     file = create(tmp_path / "r")
     file.ensure(4)
-    file.write(0, rows(4).tobytes())
+    file.write(0, [row.tobytes() for row in rows(4)])
     old, capacity = file.vectors, file.capacity
     file.ensure(capacity + 1)
     assert file.capacity > capacity
-    file.write(capacity, rows(1, 9).tobytes())
+    file.write(capacity, [rows(1, 9).tobytes()])
     file.close()
     assert np.array_equal(old[:4], rows(4))
     assert np.array_equal(file.vectors[capacity], rows(1, 9)[0])
@@ -76,7 +76,7 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "other").exists()
     monkeypatch.undo()
     file.ensure(1)
-    file.write(0, rows(1).tobytes())
+    file.write(0, [row.tobytes() for row in rows(1)])
     file.close()
 
 
@@ -87,10 +87,10 @@ def test_a_failing_disk_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "pwrite", fail)
+    monkeypatch.setattr(os, "pwritev", fail)
     monkeypatch.setattr(os, "fdatasync", fail)
     with pytest.raises(ReplicaStoppedError):
-        file.write(0, rows(1).tobytes())
+        file.write(0, [row.tobytes() for row in rows(1)])
     with pytest.raises(ReplicaStoppedError):
         file.sync()
     file.close()
