@@ -57,7 +57,7 @@ async def load(url: str, queries: int, *, ping: bool) -> None:
                     await client.ping()
                     continue
                 answer = await client.search(rng.normal(size=DIM).astype(np.float32).tolist(), 10)
-                assert answer.coverage["answered"] == answer.coverage["total"], answer.coverage
+                assert answer.coverage.answered == answer.coverage.total, answer.coverage
                 assert len(answer.hits) == 10
 
         async with trio.open_nursery() as nursery:

@@ -51,7 +51,7 @@ def test_constraints_hold_and_metadata_comes_back(nodes: list[Daemon]) -> None:
         assert len(answer.hits) == 20
         assert all(hit.media_id % 3 == 1 for hit in answer.hits)
         assert all(hit.metadata == {"title": f"film {hit.media_id}"} for hit in answer.hits)
-        assert answer.coverage["answered"] == answer.coverage["total"] == 4
+        assert answer.coverage.answered == answer.coverage.total == 4
 
 
 def test_similar_leaves_the_given_out_and_batch_scores(nodes: list[Daemon]) -> None:
@@ -103,16 +103,16 @@ def test_a_killed_node_costs_no_read_and_comes_back_level(tmp_path: Path) -> Non
         daemons[0].kill()
         for _ in range(50):
             answer = client.recommend(7)
-            assert answer.coverage["answered"] == answer.coverage["total"]
+            assert answer.coverage.answered == answer.coverage.total
             assert [(h.media_id, h.score) for h in answer.hits] == before
         written = 0
-        for item in _items(100, seed=2):
+        for item in _items(20, seed=2):
             try:
-                client.put_items([item])
+                client.put_items([item], timeout_s=0.3)  # the client waits that long for a primary
                 written += 1
             except gmco.GmcoError as error:
                 assert error.code in ("no_primary", "outcome_unknown")
-        assert 0 < written < 100, "shards of living primaries take writes, the others say no_primary"
+        assert 0 < written < 20, "shards of living primaries take writes, the others say no_primary"
         daemons[0].start()
         client.put_items(_items(100, seed=3), ack="all")
 
@@ -185,10 +185,10 @@ def test_a_stopped_node_is_asked_no_more(tmp_path: Path) -> None:
             daemons[2].signal(signal.SIGSTOP)
             time.sleep(4.0)
             answer = client.search([1.0] * DIM, 10)
-            assert answer.coverage["answered"] == 4
-            assert len(answer.coverage["missing"]) == 2
+            assert answer.coverage.answered == 4
+            assert len(answer.coverage.missing) == 2
             daemons[2].signal(signal.SIGCONT)
             deadline = time.monotonic() + 10
-            while client.search([1.0] * DIM, 10).coverage["answered"] < 6:
+            while client.search([1.0] * DIM, 10).coverage.answered < 6:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
