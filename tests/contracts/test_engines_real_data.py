@@ -14,8 +14,8 @@ from storage.records import Version
 from storage.view import ClassConstraint, ShardView
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data/films-minilm-384"
-ROWS = 14_000
-GENRES = ["drama", "comedy", "horror", "western", "animation", "musical"]
+ROWS = 11_000
+GENRES = ["drama", "comedy", "horror", "western", "animated", "musical"]
 
 
 @pytest.fixture(scope="module")
