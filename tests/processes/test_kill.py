@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import threading
 import time
 from pathlib import Path
@@ -86,8 +87,9 @@ def _check(daemon: Daemon, ledgers: list[Ledger], cycle: int) -> None:
                     assert acknowledged <= version <= ledger.sent[media_id], f"cycle {cycle}: item {media_id}"
                     assert tuple(item.classes) == (version % 64,)
                     wanted = _vector(media_id, version)
+                    stored = struct.unpack(f"<{DIM}e", item.vector)
                     norm = sum(x * x for x in wanted) ** 0.5
-                    assert max(abs(a - b / norm) for a, b in zip(item.vector, wanted, strict=True)) < 1e-3
+                    assert max(abs(a - b / norm) for a, b in zip(stored, wanted, strict=True)) < 1e-3
                     ledger.acknowledged[media_id] = version
                     ledger.sent[media_id] = version
 
