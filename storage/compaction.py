@@ -113,6 +113,7 @@ class CompactionJob:
             shutil.rmtree(index_directory(self._replica.directory, self._old_rowset), ignore_errors=True)
 
     def _copy(self) -> None:
+        self._table.drop_ahead(self._space.kind, self.rowset)
         after, ready = -1, dict[int, bytes]()
         while pairs := list(self._table.scan(self._space.kind, after=after, limit=_STEP)):
             after = int.from_bytes(pairs[-1][0], "big")

@@ -416,7 +416,7 @@ class Replica:
     def _after_checkpoint(self, state: TableState) -> None:
         older_than_ns = time.time_ns() - int(self.config.wal_keep_s * 1e9)
         self._log.drop_before(state.position.sequence + 1, older_than_ns)
-        self._table.drop_stale()
+        self._table.drop_behind()
         self._graph.save(self.engine, state.items.rowset)
 
     def _note_checkpoint(self, state: TableState) -> None:

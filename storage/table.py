@@ -92,7 +92,7 @@ class Table:
                 table._open_current()
                 if state is None:
                     table._must_be_empty()
-                table._drop_stale()
+                table._drop_where(lambda kind, rowset: rowset != table._current[kind])
         except BaseException:
             table._env.close()
             raise
@@ -191,10 +191,16 @@ class Table:
         with self._lock:
             self._current[kind] = rowset
 
-    def drop_stale(self) -> None:
-        """Removes entries of rowsets that are not current."""
+    def drop_behind(self) -> None:
+        """Removes entries of rowsets before the current ones. Those ahead may belong to a compaction that runs."""
         with self._failing():
-            self._drop_stale()
+            self._drop_where(lambda kind, rowset: rowset < self._current[kind])
+
+    def drop_ahead(self, kind: Kind, rowset: int) -> None:
+        """Removes what a compaction that was given up has left in a rowset that it did not make current."""
+        assert rowset != self._current[kind]
+        with self._failing():
+            self._drop_where(lambda kind_, rowset_: (kind_, rowset_) == (kind, rowset))
 
     def size_bytes(self) -> int:
         return self.path.stat().st_size
@@ -244,18 +250,19 @@ class Table:
     def _handle(self, kind: Kind, rowset: int) -> Any:
         return self._handle_named(f"{kind_name(kind)}-{rowset}")
 
-    def _drop_stale(self) -> None:
-        keep = {f"{kind_name(kind)}-{rowset}" for kind, rowset in self._current.items()} | {"writes"}
-        with self._writer:
-            with self._lock, self._env.begin() as txn, txn.cursor() as cursor:
-                names = [key.decode("ascii", "replace") for key in cursor.iternext(values=False)]
-            for name in names:
-                if name not in keep and name.encode() != _STATE_KEY:
-                    with self._lock:
-                        db = self._open_db(name)
-                    with self._env.begin(write=True) as txn:
-                        txn.drop(db)
-                    self._dbs.pop(name)
+    def _drop_where(self, unwanted: Callable[[Kind, int], bool]) -> None:
+        with self._lock, self._env.begin() as txn, txn.cursor() as cursor:
+            keys = list(cursor.iternext(values=False))
+        for kind in _KINDS:
+            prefix = f"{kind_name(kind)}-".encode()
+            for key in keys:
+                if key.startswith(prefix) and unwanted(kind, int(key[len(prefix) :])):
+                    self._drop(key.decode())
+
+    def _drop(self, name: str) -> None:
+        db = self._handle_named(name)
+        del self._dbs[name]
+        self._write(lambda txn: txn.drop(db))
 
     def _write(self, work: Callable[[Any], None]) -> None:
         with self._writer, self._failing():

@@ -52,7 +52,9 @@ class RowFile:
         """A new, empty file; what was there is replaced. Raises DiskFullError."""
         fields = _FIELDS.pack(_MAGIC, FORMAT_VERSION, shard, dim, kind, rowset)
         header = fields + _CHECK.pack(xxh3_64_intdigest(fields))
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        # Never truncated in place: somebody may still have the old file mapped.
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             os.posix_fallocate(fd, 0, HEADER_BYTES)
             os.pwrite(fd, header, 0)

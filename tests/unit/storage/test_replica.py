@@ -261,6 +261,24 @@ def test_crash_anywhere_in_a_compaction_leaves_the_old_or_the_new_rowset(
     assert names == {"items-0000000002.f16", "users-0000000001.f16"}
 
 
+def test_a_checkpoint_beside_a_compaction_and_one_given_up_before_leave_it_whole(writer: Writer) -> None:
+    writer.put(*range(20))
+    writer.replica.checkpoint()
+    job = writer.replica.begin_compaction()
+    job.run()
+    job.abandon()
+    writer.write((Kind.ITEM, 3), (Kind.ITEM, 4))
+    writer.replica.checkpoint()
+    job = writer.replica.begin_compaction()
+    job.run()
+    writer.put(30)
+    writer.replica.checkpoint()
+    writer.replica.finish_compaction(job)
+    wanted = [b"m2", b"", b"", b"m5", b"m30"]
+    assert writer.replica.metadata([2, 3, 4, 5, 30]) == wanted
+    assert writer.crash().metadata([2, 3, 4, 5, 30]) == wanted
+
+
 def test_users_are_compacted_too(writer: Writer) -> None:
     writer.put(*range(10), kind=Kind.USER)
     writer.put(*range(10), seed=5, kind=Kind.USER)

@@ -80,7 +80,7 @@ def test_a_rowset_ahead_is_invisible_until_it_is_current_and_dropped_when_stale(
     table.put_ahead(Kind.ITEM, 2, {2: entry(2, 60)})
     table.commit(state, {Kind.ITEM: {3: entry(3, 61)}})
     table.switch(Kind.ITEM, 2)
-    table.drop_stale()
+    table.drop_behind()
     assert [table.get(Kind.ITEM, id) for id in (1, 2, 3)] == [None, entry(2, 60), entry(3, 61)]
     table.close(seal=False)
     table = Table.open(tmp_path / "t")
