@@ -33,7 +33,7 @@ class Ledger:
     def write(self, url: str, seed: int) -> None:
         rng = random.Random(seed)
         try:
-            with gmco.connect_blocking([url], timeout_s=5.0) as client:
+            with gmco.connect_blocking([url], timeout_s=1.0) as client:
                 while not self.stop.is_set():
                     media_id = seed * 1_000 + rng.randrange(200)
                     version = self.sent.get(media_id, 0) + 1
