@@ -58,6 +58,10 @@ class TableState:
         return self.items if kind is Kind.ITEM else self.users
 
 
+# Less room than this, and a short write was the disk's fault.
+FULL_BELOW_BYTES = 4 << 20
+
+
 class Table:
     """One writer at a time (locked here), readers from any thread. No read transaction outlives its call."""
 
@@ -361,9 +365,17 @@ def _decode_state(path: Path, raw: bytes) -> TableState:
     return TableState(**fields)
 
 
+def _free_bytes(path: Path) -> int:
+    room = os.statvfs(path.parent)
+    return room.f_bavail * room.f_frsize
+
+
 def _mapped(error: lmdb.Error, path: Path) -> StorageError:
     text = str(error)
-    if isinstance(error, lmdb.DiskError) or "No space left" in text:
+    # LMDB calls a write that was cut short by a full disk an I/O error; which it was, the room left tells. Trying again
+    # is safe either way: the transaction was aborted, and the next one writes all its pages anew.
+    full = "Input/output error" in text and _free_bytes(path) < FULL_BELOW_BYTES
+    if full or isinstance(error, lmdb.DiskError) or "No space left" in text:
         return DiskFullError(f"{path}: no room left on the disk; free some space, reads go on meanwhile")
     harmed = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError)
     if isinstance(error, harmed) or "Invalid argument" in text:
