@@ -86,7 +86,7 @@ class GroupCommit(Generic[T, R]):
             raise CommitStoppedError(self._stopped, outcome_unknown=False)
         if len(self._waiting) >= self._waiting_max:
             self._refused += 1
-            raise OverloadedError(f"{self._waiting_max} writes wait already; try again")
+            raise OverloadedError(f"{self._waiting_max} requests wait already; try again")
         # A submit by an already cancelled task must not leave a trace; a full checkpoint would cost a hop more.
         await trio.lowlevel.checkpoint_if_cancelled()
         waiter = _Waiter(item, trio.lowlevel.current_task())
