@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -127,7 +127,9 @@ class Table:
             with txn.cursor() as cursor:
                 return dict(cursor.getmulti(keys))
 
-    def scan(self, kind: Kind, *, after: int = -1, limit: int | None = None) -> Iterator[tuple[bytes, bytes]]:
+    def scan(
+        self, kind: Kind, *, after: int = -1, limit: int | None = None
+    ) -> Generator[tuple[bytes, bytes], None, None]:
         """(key, entry) of the current rowset in key order, ids greater than `after`, at most `limit`.
 
         Holds the reading lock until it is exhausted or closed: give a small limit where others read.
