@@ -1,0 +1,26 @@
+"""Threads for the parts of one search. A search lane has one thread; these are its other cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+T = TypeVar("T")
+# Small enough that a thread which a busy host delays does not hold up the batch, large enough to be worth a
+# hand-over (some 50 µs).
+PIECE = 16
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="gmco-search")
+
+
+def in_pieces(total: int, threads: int, work: Callable[[int, int], T]) -> Sequence[T]:
+    """work(low, high) for consecutive pieces of [0, total), in order; on the caller's thread when there is but one."""
+    bounds = [(low, min(low + PIECE, total)) for low in range(0, total, PIECE)]
+    if threads <= 1 or len(bounds) < 2:
+        return [work(0, total)]
+    return list(_pool(threads).map(lambda bound: work(*bound), bounds))
