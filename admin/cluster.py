@@ -116,7 +116,7 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
-def _die_with_parent() -> Callable[[], None]:
+def die_with_parent() -> Callable[[], None]:
     """For `preexec_fn`: the kernel kills the child when we die, even by SIGKILL. Elsewhere than on Linux: nothing."""
     if not sys.platform.startswith("linux"):
         return lambda: None
@@ -160,7 +160,7 @@ class LocalCluster:
                 stderr=subprocess.STDOUT,
                 # A session of their own: Ctrl-C is for us, we stop them in order.
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),  # noqa: PLW1509  # one prctl call, and we have no threads yet
+                preexec_fn=die_with_parent(),  # noqa: PLW1509  # one prctl call, and we have no threads yet
             )
 
     def check(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gmco
+from admin.cluster import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 60.0
@@ -58,6 +59,7 @@ class Daemon:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **(env or {})},
+                preexec_fn=die_with_parent(),  # a test run that is killed leaves no daemons behind
             )
         if wait:
             self.wait_ready()

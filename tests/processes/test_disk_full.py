@@ -24,7 +24,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SIZE_MIB}m", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE_MIB}m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
@@ -41,7 +43,9 @@ def test_a_full_disk_refuses_writes_keeps_reads_and_recovers(small_disk: Path) -
             written: list[int] = []
             refused: gmco.GmcoError | None = None
             for start in range(1, 200_000, 100):
-                items = [gmco.Item(i, [float(i % 7 + 1)] * DIM, (), {"n": i}) for i in range(start, start + 100)]
+                items = [
+                    gmco.Item(i, [float(i % 7 + 1)] * DIM, (), {"n": i}) for i in range(start, start + 100)
+                ]
                 try:
                     client.put_items(items, timeout_s=2.0)
                 except gmco.GmcoError as error:
@@ -54,7 +58,9 @@ def test_a_full_disk_refuses_writes_keeps_reads_and_recovers(small_disk: Path) -
             _all_there(client, written)
             assert len(client.search([1.0] * DIM, 10).hits) == 10
             ballast = subprocess.run(
-                ["mount", "-o", f"remount,size={SIZE_MIB * 4}m", str(small_disk)], capture_output=True, text=True
+                ["mount", "-o", f"remount,size={SIZE_MIB * 4}m", str(small_disk)],
+                capture_output=True,
+                text=True,
             )
             assert ballast.returncode == 0, ballast.stderr
             client.put_items([gmco.Item(900_000, [1.0] * DIM, (), {"n": 900_000})], timeout_s=20.0)
