@@ -76,9 +76,9 @@ def test_a_node_that_ends_is_reported_with_its_log(tmp_path: Path) -> None:
 def test_children_die_with_a_parent_that_is_killed() -> None:
     code = (
         "import subprocess, sys, time\n"
-        "from admin.cluster import _die_with_parent\n"
+        "from admin.cluster import die_with_parent\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],\n"
-        "                         preexec_fn=_die_with_parent(), start_new_session=True)\n"
+        "                         preexec_fn=die_with_parent(), start_new_session=True)\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
