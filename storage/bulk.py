@@ -62,8 +62,9 @@ class Columns:
 
 def columns(data: bytes, offset: int, end: int, after: int, batch: int) -> Iterator[Columns]:
     """Records with sequence > after in data[offset:end], at most `batch` at a time, in order."""
-    peek, magic, view = _LENGTH.unpack_from, TRAILER_MAGICS[0], np.frombuffer(data, np.uint8)
-    within = np.arange(HEADER_BYTES)
+    peek, magic = _LENGTH.unpack_from, TRAILER_MAGICS[0]
+    # Records and trailers are multiples of 8 long: gathering words is cheaper than gathering bytes.
+    words, within = np.frombuffer(data, "<u8", len(data) // 8), np.arange(HEADER_BYTES // 8)
     while offset < end:
         found: list[int] = []
         while offset < end and len(found) < batch:
@@ -74,7 +75,7 @@ def columns(data: bytes, offset: int, end: int, after: int, batch: int) -> Itera
                 found.append(offset)
                 offset += length
         starts = np.array(found, np.int64)
-        headers = view[starts[:, None] + within].view(_HEADER).reshape(-1)
+        headers = words[(starts >> 3)[:, None] + within].view(_HEADER).reshape(-1)
         kept = headers["sequence"] > after
         if not kept.all():
             starts, headers = starts[kept], headers[kept]

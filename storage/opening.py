@@ -1,4 +1,4 @@
-"""Opening a replica: whose directory it is, what is whole, what is left over, and the replay of its log."""
+"""Opening a replica: whose directory it is, what is whole, and what is left over."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from storage.bulk import Columns, columns
-from storage.checkpoint import CheckpointJob
 from storage.config import StorageConfig
 from storage.disk import Log
 from storage.errors import DamagedError, ForeignDataError, StorageError
@@ -24,13 +21,7 @@ from storage.table import NOWHERE, Table, TableState
 from storage.vectors import RowFile, row_file_name
 from storage.write_ids import WriteIds
 
-if TYPE_CHECKING:
-    from storage.replica import Replica
-
 KINDS = (Kind.ITEM, Kind.USER)
-_BATCH = 2_048
-# While nothing is served yet, longer steps between checkpoints spare fsyncs.
-_REPLAY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,37 +122,6 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
         spaces=spaces,
         write_ids=write_ids,
     )
-
-
-def replay(replica: Replica, log: Log, after: int) -> tuple[int, int]:
-    """Applies what the log has after `after`; how many records, and how many checkpoints were begun on the way.
-
-    A checkpoint's disk work runs in a thread of this call's own while the next records are decoded. Memory stays
-    bounded: at most two checkpoints' worth of changes wait.
-    """
-    records, count, checkpoints = _columns(log, after), 0, 0
-    running: tuple[CheckpointJob, Future[None]] | None = None
-    with ThreadPoolExecutor(1) as pool:
-        for batch in records:
-            replica.take_logged(batch)
-            count += len(batch)
-            if running is not None and (running[1].done() or replica.unsaved_bytes >= _REPLAY_BYTES):
-                running[1].result()
-                replica.finish_checkpoint(running[0])
-                running = None
-            if running is None and replica.unsaved_bytes >= _REPLAY_BYTES and replica.checkpoint_due():
-                job = replica.begin_checkpoint()
-                running = (job, pool.submit(job.run))
-                checkpoints += 1
-        if running is not None:
-            running[1].result()
-            replica.finish_checkpoint(running[0])
-    return count, checkpoints
-
-
-def _columns(log: Log, after: int) -> Iterator[Columns]:
-    for _, data, offset, end in log.spans(after):
-        yield from columns(data, offset, end, after, _BATCH)
 
 
 def with_state(

@@ -18,8 +18,9 @@ from storage.index import make_engine
 from storage.index.base import Engine
 from storage.lookups import Row
 from storage.records import Kind, Operation, Record, Version
+from storage.replaying import Replay
 from storage.saved_graph import SavedGraph
-from storage.space import Space
+from storage.space import Space, WriteRows
 from storage.table import Table, TableState
 from storage.view import ShardView, Statistics
 from storage.write_ids import WriteIds
@@ -347,24 +348,26 @@ class Replica:
 
     def _recover(self, start: float) -> None:
         verified = time.monotonic()
-        replayed, checkpoints = opening.replay(self, self._log, self.position.sequence)
+        replay = Replay(self, self._log)
+        replay.run(self.position.sequence)
         self._publish()
         replayed_at = time.monotonic()
         loaded = self._graph.load(self.engine, self.view)
         end = time.monotonic()
         self.recovery = opening.Recovery(
-            position=self.position, rows=self.view.rows, replayed=replayed, checkpoints=checkpoints, graph_loaded=loaded,
-            fresh=self.fresh_rows(), verify_s=verified - start, replay_s=replayed_at - verified,
-            graph_s=end - replayed_at, total_s=end - start, log=self._log.statistics(),
+            position=self.position, rows=self.view.rows, fresh=self.fresh_rows(),
+            replayed=replay.records, checkpoints=replay.checkpoints, graph_loaded=loaded,
+            verify_s=verified - start, replay_s=replayed_at - verified, graph_s=end - replayed_at,
+            total_s=end - start, log=self._log.statistics(),
         )  # fmt: skip
 
-    def take_logged(self, records: Columns) -> None:
+    def take_logged(self, records: Columns, write: WriteRows) -> None:
         """Replay's part of `apply`: the log has these already, and no view is published. Raises DiskFullError."""
         for kind, space in self._spaces.items():
             mine = records.of(kind)
             if len(mine):
                 space.file.ensure(space.rows + len(mine))
-                space.apply_columns(mine, self._table)
+                space.apply_columns(mine, self._table, write)
         head = records.headers
         self._write_ids.apply_columns(head)
         self._advance(head["epoch"].tolist(), head["sequence"].tolist())

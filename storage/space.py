@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import reduce
 from operator import xor
@@ -31,6 +31,7 @@ from storage.records import Kind, Operation, Record, decode
 from storage.table import KindState, Lookup, Table
 from storage.vectors import RowFile
 
+WriteRows = Callable[[RowFile, int, Sequence[memoryview]], None]
 _PUT = int(Operation.PUT)
 _DELETE = int(Operation.DELETE)
 # entries.TAIL as numpy sees it, and which fields come straight from a record's header.
@@ -180,8 +181,11 @@ class Space:
             self.arrays.place(np.arange(first, row, dtype=np.int64), ids, b"".join(classes_bytes), counts)
             self.arrays.kill(dead)
 
-    def apply_columns(self, records: Columns, table: Table) -> None:
-        """As `apply`, with the same outcome, for records of this kind that replay has as columns."""
+    def apply_columns(self, records: Columns, table: Table, write: WriteRows) -> None:
+        """As `apply`, with the same outcome, for records of this kind that replay has as columns.
+
+        `write` may write the rows later; they must be there before a checkpoint or a view.
+        """
         head = records.headers
         ids: list[int] = head["id"].tolist()
         if len(set(ids)) < len(ids):
@@ -214,7 +218,7 @@ class Space:
             self.changed.update(ids)
         view, low_ends = memoryview(data), (splits - self.file.row_bytes)[put].tolist()
         ends = splits[put].tolist()
-        self.file.write(first, [view[low:high] for low, high in zip(low_ends, ends, strict=True)])
+        write(self.file, first, [view[low:high] for low, high in zip(low_ends, ends, strict=True)])
         self.rows += count
         self.alive += count - len(dead)
         if self.arrays is not None:

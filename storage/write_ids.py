@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from storage.records import NO_WRITE_ID, Record, Version
 
-_VALUE = struct.Struct("<16sQQQQ")  # write_id, epoch, sequence, records, timestamp_ns
-_Known = tuple[int, int, int, int]
+_VALUE = struct.Struct("<QQQQ")  # epoch, sequence, records, timestamp_ns
+_ROW_BYTES = 16 + _VALUE.size
+_STAMP = struct.Struct("<24xQ")
 
 
 class _Chunk(NamedTuple):
@@ -36,9 +37,10 @@ class WriteIds:
 
     def __init__(self, *, keep_s: float, count_max: int) -> None:
         self._keep_ns, self._count_max = int(keep_s * 1e9), count_max
-        self._known: dict[bytes, _Known] = {}
-        # In order of first record; an id whose run went on is looked at again later.
-        self._order: deque[tuple[int, bytes]] = deque()
+        # Packed values: a hundred thousand tuples would keep the garbage collector busy.
+        self._known: dict[bytes, bytes] = {}
+        # (newest timestamp_ns, ids) per batch, in order of their first record.
+        self._order: deque[tuple[int, list[bytes]]] = deque()
         self._changed: set[bytes] = set()
         self._frozen: set[bytes] = set()
         self._chunks: list[_Chunk] = []
@@ -56,44 +58,49 @@ class WriteIds:
 
     def get(self, write_id: bytes) -> tuple[Version, int] | None:
         known = self._known.get(write_id)
-        if known is None or known[3] < self._newest_ns - self._keep_ns:
+        if known is None:
             return None
-        return Version(known[0], known[1]), known[2]
+        epoch, sequence, count, timestamp_ns = _VALUE.unpack(known)
+        if timestamp_ns < self._newest_ns - self._keep_ns:
+            return None
+        return Version(epoch, sequence), count
 
     def apply(self, records: Iterable[Record]) -> None:
-        for _, _, version, timestamp_ns, write_id, *_ in records:
-            if write_id != NO_WRITE_ID:
-                self._take(write_id, version[0], version[1], timestamp_ns)
-        self._expire()
+        rows = [(record.write_id, *record.version, record.timestamp_ns) for record in records]
+        self._take([row for row in rows if row[0] != NO_WRITE_ID])
 
     def apply_columns(self, headers: npt.NDArray[np.void]) -> None:
         """As `apply`, of record headers (storage.bulk)."""
         raw, known = headers["write_id"].tobytes(), self._known
         ids = [raw[at : at + 16] for at in range(0, len(raw), 16)]
-        epochs, sequences = headers["version_epoch"].tolist(), headers["version_sequence"].tolist()
-        stamps = headers["timestamp_ns"].tolist()
         new = set(ids)
         if len(new) == len(ids) and new.isdisjoint(known) and NO_WRITE_ID not in new:
-            known.update(zip(ids, zip(epochs, sequences, [1] * len(ids), stamps, strict=True), strict=True))
-            self._order.extend(zip(stamps, ids, strict=True))
+            values = np.ones((len(ids), 4), "<u8")
+            for column, name in ((0, "version_epoch"), (1, "version_sequence"), (3, "timestamp_ns")):
+                values[:, column] = headers[name]
+            packed = values.tobytes()
+            size = _VALUE.size
+            known.update(
+                zip(ids, [packed[at : at + size] for at in range(0, len(packed), size)], strict=True)
+            )
             self._changed |= new
-            self._newest_ns = max(self._newest_ns, *stamps)
-        else:
-            for write_id, *rest in zip(ids, epochs, sequences, stamps, strict=True):
-                if write_id != NO_WRITE_ID:
-                    self._take(write_id, *rest)
-        self._expire()
+            self._note(int(values[:, 3].max()), ids)
+        elif new != {NO_WRITE_ID}:
+            fields = (
+                headers[name].tolist() for name in ("version_epoch", "version_sequence", "timestamp_ns")
+            )
+            self._take([row for row in zip(ids, *fields, strict=True) if row[0] != NO_WRITE_ID])
 
     def freeze(self) -> Mapping[bytes, bytes | None]:
         """The chunk of what changed since the last checkpoint, and None for those to remove; then `thaw`."""
         self._frozen, self._changed = self._changed, set()
         self._chunks_before, known = self._chunks, self._known
-        rows = [(id, *known[id]) for id in self._frozen if id in known]
+        changed = [id for id in self._frozen if id in known]
         chunks, out = list(self._chunks), dict[bytes, bytes | None]()
-        if rows:
+        if changed:
             key = chunks[-1].key + 1 if chunks else 1
-            chunks.append(_Chunk(key, max(row[4] for row in rows), len(rows)))
-            out[key.to_bytes(8, "big")] = b"".join([_VALUE.pack(*row) for row in rows])
+            chunks.append(_Chunk(key, max(_STAMP.unpack(known[id])[0] for id in changed), len(changed)))
+            out[key.to_bytes(8, "big")] = b"".join([part for id in changed for part in (id, known[id])])
         oldest, newer = self._newest_ns - self._keep_ns, 0
         self._chunks = []
         for chunk in reversed(chunks):
@@ -115,34 +122,52 @@ class WriteIds:
     def load(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
         """What the table has, in the order of its keys."""
         for key, value in pairs:
-            newest, count = 0, 0
-            for write_id, *rest in _VALUE.iter_unpack(value):
-                self._known[write_id] = (rest[0], rest[1], rest[2], rest[3])
-                newest, count = max(newest, rest[3]), count + 1
-            self._chunks.append(_Chunk(int.from_bytes(key, "big"), newest, count))
-        self._order = deque(sorted((known[3], id) for id, known in self._known.items()))
-        self._newest_ns = self._order[-1][0] if self._order else 0
-        self._expire()
+            rows = range(0, len(value), _ROW_BYTES)
+            written = [value[at : at + 16] for at in rows]
+            first = [id for id in written if id not in self._known]
+            values = [value[at + 16 : at + _ROW_BYTES] for at in rows]
+            self._known.update(zip(written, values, strict=True))
+            newest = max((_STAMP.unpack(stamped)[0] for stamped in values), default=0)
+            self._chunks.append(_Chunk(int.from_bytes(key, "big"), newest, len(written)))
+            self._note(newest, first)
 
-    def _take(self, write_id: bytes, epoch: int, sequence: int, timestamp_ns: int) -> None:
-        old = self._known.get(write_id)
-        if old is None:
-            self._order.append((timestamp_ns, write_id))
-            self._known[write_id] = (epoch, sequence, 1, timestamp_ns)
-        else:
-            last = max(old[:2], (epoch, sequence))
-            self._known[write_id] = (*last, old[2] + 1, max(old[3], timestamp_ns))
-        self._newest_ns = max(self._newest_ns, timestamp_ns)
-        self._changed.add(write_id)
+    def _take(self, rows: Sequence[tuple[bytes, int, int, int]]) -> None:
+        """(write_id, epoch, sequence, timestamp_ns) of records, in the order of the log."""
+        first, newest, known = [], 0, self._known
+        for write_id, epoch, sequence, timestamp_ns in rows:
+            old, count, stamp, last = known.get(write_id), 0, timestamp_ns, (epoch, sequence)
+            if old is None:
+                first.append(write_id)
+            else:
+                *before, count, before_ns = _VALUE.unpack(old)
+                last, stamp = max((before[0], before[1]), last), max(before_ns, stamp)
+            known[write_id] = _VALUE.pack(*last, count + 1, stamp)
+            newest = max(newest, stamp)
+            self._changed.add(write_id)
+        if rows:
+            self._note(newest, first)
+
+    def _note(self, newest_ns: int, first: list[bytes]) -> None:
+        self._newest_ns = max(self._newest_ns, newest_ns)
+        if first:
+            self._order.append((newest_ns, first))
+        self._expire()
 
     def _expire(self) -> None:
         order, known, oldest = self._order, self._known, self._newest_ns - self._keep_ns
         while order and (order[0][0] < oldest or len(known) > self._count_max):
-            timestamp_ns, write_id = order.popleft()
-            last_ns = known[write_id][3]
-            if oldest <= last_ns != timestamp_ns and len(known) <= self._count_max:
-                order.append((last_ns, write_id))
-                continue
-            self.refused += last_ns >= oldest
-            del known[write_id]
-            self._changed.discard(write_id)
+            stamp, ids = order.popleft()
+            gone = ids if stamp < oldest else ids[: len(known) - self._count_max]
+            later = []
+            for id in gone:
+                last_ns = _STAMP.unpack(known[id])[0]
+                if stamp < oldest <= last_ns:
+                    later.append(id)  # its run went on after this batch
+                    continue
+                self.refused += last_ns >= oldest
+                del known[id]
+                self._changed.discard(id)
+            if later:
+                order.append((self._newest_ns, later))
+            if len(gone) < len(ids):
+                order.appendleft((stamp, ids[len(gone) :]))
