@@ -2,128 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from storage.config import StorageConfig
 from storage.index import Engine, make_engine
-from storage.records import Version
-from storage.view import ClassConstraint, Hits, ShardView
-
-DIM = 64
-ROWS = 4000
-NONE = ClassConstraint()
-ENGINES = ["exact", "exact-no-copy", "hnsw", "hnsw16"]
-GRAPHS = ["hnsw", "hnsw16"]
-
-
-def settings(name: str, **changes: object) -> StorageConfig:
-    values: dict[str, object] = {
-        "engine": name.split("-")[0],
-        "dim": DIM,
-        "graph_rows_min": 100,
-        "m": 16,
-        "ef_construction": 100,
-        "ef": 120,
-        "float32_budget_bytes": 0 if name == "exact-no-copy" else 1 << 30,
-    }
-    return StorageConfig(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def rows_of(count: int, seed: int = 1, dim: int = DIM, unit: bool = True) -> np.ndarray:
-    """float16 [count, dim] from one mixture of 40 clusters, whatever the seed: queries are like rows."""
-    centres = np.random.default_rng(0).standard_normal((40, dim))
-    rng = np.random.default_rng(seed)
-    x = centres[rng.integers(0, 40, count)] + 0.7 * rng.standard_normal((count, dim))
-    return (x / np.linalg.norm(x, axis=1, keepdims=True) if unit else 3 * x).astype(np.float16)
-
-
-def masks_of(count: int) -> np.ndarray:
-    """Class 3: half the rows; 70: one in a hundred; 100: one in five; 130: the first tenth; 9: two rows."""
-    rng = np.random.default_rng(2)
-    masks = np.zeros((count, 4), np.uint64)
-    chosen = {3: rng.random(count) < 0.5, 70: rng.random(count) < 0.01, 100: rng.random(count) < 0.2}
-    chosen[130] = np.arange(count) < count // 10
-    chosen[9] = np.isin(np.arange(count), (5, count - 1))
-    for c, rows in chosen.items():
-        masks[:, c // 64] |= rows.astype(np.uint64) << np.uint64(c % 64)
-    return masks
-
-
-def view_of(
-    vectors: np.ndarray, *, rows: int | None = None, dead: object = (), **changes: object
-) -> ShardView:
-    rows = len(vectors) if rows is None else rows
-    flags = np.ones(rows, np.uint8)
-    flags[np.array(dead, np.int64)] = 0
-    values: dict[str, object] = {
-        "shard": 0,
-        "position": Version(1, rows + 1000 * int(rows - flags.sum())),
-        "rows": rows,
-        "alive_rows": int(flags.sum()),
-        "vectors": vectors,
-        "ids": np.random.default_rng(3).permutation(len(vectors)).astype(np.uint64) + np.uint64(1 << 40),
-        "masks": masks_of(len(vectors)),
-        "alive": np.packbits(flags, bitorder="little"),
-        "rowset": 1,
-    }
-    return ShardView(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def allowed(view: ShardView, constraint: ClassConstraint) -> np.ndarray:
-    def has(c: int) -> np.ndarray:
-        return view.masks[: view.rows, c // 64] >> np.uint64(c % 64) & np.uint64(1) != 0
-
-    ok = np.unpackbits(view.alive, bitorder="little")[: view.rows] != 0
-    for c in constraint.require_all:
-        ok &= has(c)
-    if constraint.require_any:
-        ok &= np.any([has(c) for c in constraint.require_any], axis=0)
-    for c in constraint.exclude:
-        ok &= ~has(c)
-    return np.flatnonzero(ok)
-
-
-def oracle(view: ShardView, query: np.ndarray, k: int, constraint: ClassConstraint = NONE) -> Hits:
-    rows = allowed(view, constraint)
-    products = view.vectors[rows].astype(np.float64) * query.astype(np.float64)
-    scores = products.sum(axis=1).astype(np.float32)
-    best = np.lexsort((view.ids[rows], -scores))[:k]
-    return Hits(view.ids[rows][best], scores[best], rows[best])
-
-
-def built(engine: Engine, view: ShardView) -> Engine:
-    while engine.build(view, 1.0):
-        pass
-    return engine
-
-
-def recall(got: list[Hits], want: list[Hits]) -> float:
-    for a, b in zip(got, want, strict=True):
-        assert len(a.ids) == len(b.ids)
-        assert len(np.unique(a.ids)) == len(a.ids)
-    found = sum(len(np.intersect1d(a.ids, b.ids)) for a, b in zip(got, want, strict=True))
-    total = sum(len(b.ids) for b in want)
-    return found / total if total else 1.0
-
-
-def check(name: str, view: ShardView, got: list[Hits], want: list[Hits], at_least: float = 0.98) -> None:
-    """Exact engines answer exactly; graphs find nearly all, and every hit's score, order and id is exact."""
-    if name.startswith("exact"):
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_array_equal(a.ids, b.ids)
-            np.testing.assert_array_equal(a.scores.view(np.uint32), b.scores.view(np.uint32))
-            np.testing.assert_array_equal(a.rows, b.rows)
-    assert recall(got, want) >= at_least
-    for hits in got:
-        assert (hits.ids.dtype, hits.scores.dtype, hits.rows.dtype) == (np.uint64, np.float32, np.int64)
-        np.testing.assert_array_equal(view.ids[hits.rows], hits.ids)
-        assert (np.lexsort((hits.ids, -hits.scores)) == np.arange(len(hits.ids))).all()
+from storage.view import ClassConstraint, ShardView
+from tests.contracts.engines import (
+    CONSTRAINTS,
+    ENGINES,
+    GRAPHS,
+    NONE,
+    ROWS,
+    built,
+    check,
+    oracle,
+    recall,
+    rows_of,
+    settings,
+    view_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +37,6 @@ def ready(request: pytest.FixtureRequest, vectors: np.ndarray) -> tuple[str, Eng
     """An engine that has taken all of a view with some dead rows."""
     view = view_of(vectors, rows=ROWS, dead=np.arange(0, ROWS, 11))
     return request.param, built(make_engine(settings(request.param)), view), view
-
-
-CONSTRAINTS = [
-    NONE,
-    ClassConstraint(require_all=(3,)),
-    ClassConstraint(require_any=(70, 9)),
-    ClassConstraint(exclude=(3,), require_any=(100, 70)),
-    ClassConstraint(exclude=(100,)),
-    ClassConstraint(require_all=(200,)),
-    ClassConstraint(require_all=(130, 3), exclude=(100,)),
-    ClassConstraint(require_all=(9,)),
-]
 
 
 @pytest.mark.parametrize("k", [1, 10, 100])
@@ -346,81 +235,6 @@ def test_searches_beside_building(name: str, vectors: np.ndarray) -> None:
     assert np.mean(recalls) >= 0.98
     got = engine.search(views[-1], queries, 10, [NONE] * 8)
     check(name, views[-1], got, wants[-1])
-
-
-@pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize("name", GRAPHS)
-def test_a_saved_graph_answers_the_same(name: str, metric: str, vectors: np.ndarray, tmp_path: Path) -> None:
-    config = settings(name, metric=metric)
-    view = view_of(vectors, rows=2000)
-    engine = built(make_engine(config), view)
-    engine.save(tmp_path / "index")
-    engine.save(tmp_path / "index")  # replacing what was there
-    assert len(list((tmp_path / "index").iterdir())) == 2
-    grown = view_of(vectors, rows=2500)
-    loaded = make_engine(config)
-    assert loaded.load(tmp_path / "index", grown)
-    assert loaded.covered(grown) == 2000
-    queries = rows_of(20, seed=40)
-    for a, b in zip(
-        engine.search(grown, queries, 10, [NONE] * 20),
-        loaded.search(grown, queries, 10, [NONE] * 20),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a.ids, b.ids)
-    built(loaded, grown)
-    assert loaded.covered(grown) == 2500
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_what_does_not_fit_is_not_loaded(name: str, vectors: np.ndarray, tmp_path: Path) -> None:
-    view = view_of(vectors, rows=1000)
-    directory = tmp_path / "index"
-    built(make_engine(settings(name)), view).save(directory)
-
-    def loads(config: StorageConfig | None = None, **changes: object) -> bool:
-        engine = make_engine(config or settings(name))
-        taken = engine.load(directory, view_of(vectors, rows=1000, **changes))  # type: ignore[arg-type]
-        assert taken == (engine.statistics()["graph_rows"] > 0)
-        return taken
-
-    assert loads()
-    assert not loads(rowset=2)
-    assert not loads(settings(name, m=8))
-    assert not loads(settings(name, metric="dot"))
-    assert not loads(settings("hnsw16" if name == "hnsw" else "hnsw"))
-    assert not make_engine(settings(name)).load(directory, view_of(vectors, rows=999))
-    assert not make_engine(settings(name)).load(tmp_path / "absent", view)
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "manifest", "format", "not json", "lies"])
-def test_a_damaged_graph_is_not_loaded(name: str, harm: str, vectors: np.ndarray, tmp_path: Path) -> None:
-    view = view_of(vectors, rows=500)
-    engine = built(make_engine(settings(name)), view)
-    engine.save(tmp_path)
-    (graph,) = tmp_path.glob("graph-*.bin")
-    manifest = tmp_path / "manifest.json"
-    data = bytearray(graph.read_bytes())
-    said = json.loads(manifest.read_bytes())
-    if harm == "flip":
-        data[len(data) // 2] ^= 1
-        graph.write_bytes(data)
-    elif harm == "cut":
-        graph.write_bytes(data[:-100])
-    elif harm == "gone":
-        graph.unlink()
-    elif harm == "manifest":
-        manifest.write_bytes(manifest.read_bytes()[:-20])
-    elif harm == "format":
-        manifest.write_text(json.dumps({**said, "format": 99}))
-    elif harm == "not json":
-        manifest.write_bytes(b"\xff\x00[]")
-    else:
-        manifest.write_text(json.dumps({**said, "rows": 499}))
-    loaded = make_engine(settings(name))
-    assert not loaded.load(tmp_path, view)
-    assert loaded.covered(view) == 0
 
 
 @pytest.mark.parametrize("name", ENGINES)
