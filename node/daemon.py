@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 
 OPENING_AT_ONCE = 2
 STOP_S = 30.0
+# Peers' writes under way get this long; their pulls wait at most a second by themselves.
+PEER_GRACE_S = 2.0
 # What a restart of the actor cannot mend ends the process; systemd starts it again, and recovery decides.
 POLICY = RestartPolicy(fatal=(DamagedError,))
 
@@ -101,8 +103,10 @@ class Daemon:
                 notifier.stopping()
                 log.info("stopping", node=self._name)
                 self._server.stop()
+                listener.stop()
                 with trio.move_on_after(STOP_S):
                     await self._served.wait()
+                    await listener.drained(PEER_GRACE_S)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
@@ -124,6 +128,7 @@ class Daemon:
             shard_count=config.cluster.shard_count,
             dim=config.storage.dim,
             metric=config.storage.metric,
+            class_width=config.storage.class_width,
             boot=boots,
         )
 

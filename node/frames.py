@@ -45,6 +45,7 @@ class Hello:
     shard_count: int
     dim: int
     metric: str
+    class_width: int = 256
     # Counts the starts of this node, so that an old process can be told from a new one.
     boot: int = 0
     format_min: int = FORMAT_MIN
@@ -84,7 +85,7 @@ def check_hello(mine: Hello, theirs: Hello) -> int:
             f"no common format: {mine.node} speaks {mine.format_min}–{mine.format_max}, "
             f"{theirs.node} speaks {theirs.format_min}–{theirs.format_max}; upgrade the older one"
         )
-    for key in ("cluster_id", "shard_count", "dim", "metric"):
+    for key in ("cluster_id", "shard_count", "dim", "metric", "class_width"):
         here, there = getattr(mine, key), getattr(theirs, key)
         if here != there:
             raise HelloRefusedError(f"different {key}: {mine.node} has {here!r}, {theirs.node} has {there!r}")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import trio
 
 from node.blocking import Runner
@@ -16,6 +17,8 @@ from router import merge
 from storage.errors import StorageError
 from storage.replica import Replica
 from storage.view import ClassConstraint, Hits
+
+log = structlog.get_logger(__name__)
 
 BATCH_MAX = 100
 
@@ -81,6 +84,12 @@ class SearchLane:
             except StorageError as error:
                 for place in places:
                     failed[place][view.shard] = error.code
+                continue
+            except Exception:
+                # A bug, or a body from a peer that no server of ours would let in: the other shards still answer.
+                log.exception("search failed", shard=view.shard)
+                for place in places:
+                    failed[place][view.shard] = "internal"
                 continue
             for place, hits in zip(places, answers, strict=True):
                 found[place].append((replica, hits))

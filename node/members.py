@@ -43,12 +43,10 @@ class StaticCluster:
     def alive(self, name: str) -> bool:
         return name == self.local or self._links[name].connected
 
-    def lagging(self, name: str, shard: int) -> bool:
+    def lag_ms(self, name: str, shard: int) -> int:
         """Known only of our own replicas until lag is gossiped."""
-        if name != self.local:
-            return False
-        replicator = self._replicators.get(shard)
-        return replicator is not None and replicator.lagging
+        replicator = self._replicators.get(shard) if name == self.local else None
+        return 0 if replicator is None else replicator.age_ms
 
     def status(self) -> dict[str, Any]:
         return self._status()

@@ -36,6 +36,7 @@ from node.peerconn import Connection, FrameTooLargeError, PeerLimits
 Handler = Callable[[str, Any], Awaitable[Any] | Any]
 # Workers kept waiting per connection; the rest end when their request is answered.
 IDLE_WORKERS_MAX = 64
+POLL_S = 0.02
 
 # An error sentence that a handler built from its input must not fill frames.
 MESSAGE_CHARS_MAX = 1_000
@@ -76,6 +77,7 @@ class PeerListener:
         self._limits = limits or PeerLimits()
         self._listeners: list[trio.SocketListener] = []
         self._peers: dict[str, _Session] = {}
+        self.stopping = False
         self._open = self._accepted = self._refused_hellos = self._refused_connections = 0
         self._protocol_errors = 0
         self.refused_requests = self.requests = self.errors = 0
@@ -94,6 +96,16 @@ class PeerListener:
         task_status.started(Address(name[0], name[1]))
         await trio.serve_listeners(self.serve_stream, self._listeners)
         raise AssertionError("unreachable")
+
+    def stop(self) -> None:
+        """New requests get `shutting_down`; those under way go on."""
+        self.stopping = True
+
+    async def drained(self, grace_s: float) -> None:
+        """Returns when nothing of a peer's is under way, or after `grace_s`."""
+        with trio.move_on_after(grace_s):
+            while any(session.in_flight for session in self._peers.values()):  # noqa: ASYNC110 - only at the end
+                await trio.sleep(POLL_S)
 
     async def serve_stream(self, stream: trio.abc.Stream) -> None:
         """One connection, from its magic to its end. Raises nothing for the remote's sake."""
@@ -197,6 +209,11 @@ class _Session:
         if handler is None:
             self._fail(
                 request_id, "unknown_op", f'{self._listener._hello.node} does not know the operation "{op}"'
+            )
+            return
+        if self._listener.stopping:
+            self._fail(
+                request_id, "shutting_down", f"{self._listener._hello.node} is stopping; ask another node"
             )
             return
         if self.in_flight >= self._limit:

@@ -17,6 +17,8 @@ from storage.records import Version
 
 Ack = Literal["primary", "quorum", "all"]
 MARKS_MAX = 1_024
+# With MARKS_MAX marks this remembers 51 s; older lag shows as that.
+MARK_EVERY_S = 0.05
 
 
 @dataclass(slots=True)
@@ -32,7 +34,8 @@ class Progress:
     def durable(self, sequence: int, now: float) -> None:
         """The primary's own disk has everything to `sequence`."""
         self.positions[self.name] = max(sequence, self.positions.get(self.name, 0))
-        self._marks.append((sequence, now))
+        if not self._marks or now - self._marks[-1][1] >= MARK_EVERY_S:
+            self._marks.append((sequence, now))
 
     def named(self, voter: str, sequence: int) -> None:
         """A voter said that its disk has everything to `sequence`. Others than voters do not count."""

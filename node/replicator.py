@@ -20,7 +20,6 @@ PULL_BYTES = 1 << 20
 WAIT_MS = 1_000
 CALL_S = 5.0
 BACKOFF_S = (0.1, 2.0)
-LAGGING_MS = 2_000
 
 
 class Replicator:
@@ -37,10 +36,10 @@ class Replicator:
         self._heard = trio.current_time()
 
     @property
-    def lagging(self) -> bool:
-        """Behind by more than the routing bound, by the primary's clock. A silent primary does not make us lag:
-        nobody can write then."""
-        return self.behind > 0 and self.lag_ms > LAGGING_MS
+    def age_ms(self) -> int:
+        """How old this replica's data may be: its lag by the primary's clock, or the time since it was last level."""
+        unheard = int((trio.current_time() - self._heard) * 1000) if self.state != "following" else 0
+        return max(self.lag_ms, unheard)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
@@ -72,6 +71,7 @@ class Replicator:
                 await self._back_off()
                 continue
             self.state = "following"
+            self._heard = trio.current_time()
             self._failures = 0
 
     async def _back_off(self) -> None:

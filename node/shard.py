@@ -56,7 +56,6 @@ class ShardActor:
         self.placement = placement
         self.primary = placement.primary == name
         self.progress = Progress(name, placement.voters)
-        self.progress.durable(replica.position.sequence, 0.0)
         # A static placement keeps its epoch; what is on disk may be of that epoch or older, never newer.
         self.epoch = placement.epoch
         self._log_runner = log_runner
@@ -67,6 +66,8 @@ class ShardActor:
         self._commit = self._new_commit()
         self._waiting_bytes = 0
         self._broken: Exception | None = None
+        self._stopped = False
+        self._newest_ns = 0
         self._broke = trio.Event()
         self._moved = trio.Event()
         self._acked = trio.Event()
@@ -82,6 +83,7 @@ class ShardActor:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Raises DamagedError when log and table have parted: only a restart with its recovery mends that."""
         self._commit = self._new_commit()
+        self.progress.durable(self.replica.position.sequence, trio.current_time())
         async with trio.open_nursery() as nursery:
             await nursery.start(self._commit.run)
             nursery.start_soon(self._maintain)
@@ -100,7 +102,11 @@ class ShardActor:
         if ack not in ("primary", "quorum", "all"):
             raise NodeError("bad_request", f"ack {ack!r} is not one of primary, quorum, all")
         deadline = trio.current_time() + timeout_s
-        version = await self._submit(WriteItem(changes, write_id))
+        version: Version | None = None
+        with trio.move_on_at(deadline):
+            version = await self._submit(WriteItem(changes, write_id))
+        if version is None:
+            raise _unknown(f"shard {self.shard} did not get the write to disk in time")
         while self.progress.reached(ack) < version.sequence:  # type: ignore[arg-type]  # checked above
             acked = self._acked
             left = deadline - trio.current_time()
@@ -140,11 +146,16 @@ class ShardActor:
                     await self._log_runner(self.replica.append, blobs, rows)
                 except StorageError as error:
                     self.counters["refused"] += len(items)
-                    refused = _refusal(error)
+                    refused = _refusal(error, was_stopped=self._stopped)
+                    self._stopped = self._stopped or isinstance(error, ReplicaStoppedError)
                     # What was answered from the log already needs no disk.
                     applied = self.replica.position
                     return [r if isinstance(r, Exception) or r <= applied else refused for r in results]
-                self._apply([records.decode(blob) for blob in blobs])
+                try:
+                    self._apply([records.decode(blob) for blob in blobs])
+                except Exception as error:
+                    # Durable all the same: after the restart that follows, recovery applies it.
+                    raise _unknown(f"shard {self.shard} stopped after the write was on disk") from error
             self.counters["writes"] += len(items)
             return results
 
@@ -153,10 +164,15 @@ class ShardActor:
         blobs: list[bytes] = []
         rows = 0
         sequence = self.replica.position.sequence
-        now = self._now_ns()
+        # Never back: the age of write_ids is counted by these, and a clock that is corrected must not age them all.
+        now = self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
         # A retry may wait in the same batch as its first try.
         here: dict[bytes, tuple[Version, int]] = {}
         for changes, write_id in items:
+            unfit = self._unfit(changes)
+            if unfit:
+                results.append(NodeError("bad_request", unfit))
+                continue
             before = here.get(write_id) or self.replica.written(write_id)
             done = min(before[1], len(changes)) if before else 0
             self.counters["deduplicated"] += done
@@ -194,6 +210,16 @@ class ShardActor:
                 here[write_id] = (version, done + len(todo))
         return results, blobs, rows
 
+    def _unfit(self, changes: Sequence[Change]) -> str | None:
+        """Why changes must not enter the log. The coordinator has checked them by its own settings, not by ours."""
+        config = self.replica.config
+        for change in changes:
+            if change.classes and max(change.classes) >= config.class_width:
+                return f"class {max(change.classes)} is not below this node's class_width of {config.class_width}"
+            if change.operation is Operation.PUT and len(change.vector) != 2 * config.dim:
+                return f"a vector of {len(change.vector)} bytes is not FP16 of dimension {config.dim}"
+        return None
+
     def _apply(self, batch: list[Record]) -> None:
         try:
             self.replica.apply(batch)
@@ -218,8 +244,10 @@ class ShardActor:
         self, follower: str, after: int, max_bytes: int, wait_s: float
     ) -> tuple[int, int, int, bytes]:
         """For a follower whose disk has everything to `after`: (epoch, our last, its lag in ms, raw records)."""
-        self.progress.named(follower, after)
-        self._wake_ackers()
+        # Only what we have ourselves is an acknowledgement: a longer log is another history (`diverged`).
+        if after <= self.replica.position.sequence:
+            self.progress.named(follower, after)
+            self._wake_ackers()
         deadline = trio.current_time() + wait_s
         while self.replica.position.sequence <= after:
             moved = self._moved
@@ -291,6 +319,15 @@ class ShardActor:
         log.info("compacted", shard=self.shard, rows=self.replica.view.rows)
 
 
-def _refusal(error: StorageError) -> NodeError:
+def _unknown(why: str) -> NodeError:
+    return NodeError(
+        "outcome_unknown", f"{why}; send the same again with the same write_id to learn or settle the outcome"
+    )
+
+
+def _refusal(error: StorageError, *, was_stopped: bool) -> NodeError:
+    if isinstance(error, ReplicaStoppedError) and not was_stopped:
+        # The failed write itself may be on disk; those after it are refused and are not.
+        return _unknown(str(error))
     retry = 1_000 if isinstance(error, DiskFullError) else None
     return NodeError(error.code, str(error), retry)

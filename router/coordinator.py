@@ -32,13 +32,15 @@ class RouterConfig:
     write_deadline_ms: int = 10_000
 
 
+@dataclass(frozen=True, slots=True)
 class Found:
-    """What a fan-out brought."""
+    """What a fan-out brought. reasons: shard → code, of those that failed."""
 
-    __slots__ = ("columns", "missing", "reasons", "total")
-
-    def __init__(self, columns: Columns, missing: list[int], total: int, reasons: dict[int, str]) -> None:
-        self.columns, self.missing, self.total, self.reasons = columns, missing, total, reasons
+    columns: Columns
+    missing: list[int]
+    total: int
+    reasons: dict[int, str]
+    stale_ms: int = 0
 
     def coverage(self) -> dict[str, Any]:
         answer: dict[str, Any] = {
@@ -51,6 +53,10 @@ class Found:
                 (self.reasons[s] for s in self.missing if s in self.reasons), "unavailable"
             )
         return answer
+
+
+# A replica that lags more is asked only when no other is left.
+LAG_MS_MAX = 2_000
 
 
 class Coordinator:
@@ -174,13 +180,20 @@ class Coordinator:
         """Live replicas of a shard, level ones before lagging ones, in the placement's order."""
         cluster = self._cluster
         names = [n for n in cluster.placement(shard).voters if (n, shard) not in failed and cluster.alive(n)]
-        level = [n for n in names if not cluster.lagging(n, shard)]
-        return level or names
+        lag = [cluster.lag_ms(n, shard) for n in names]
+        level = [n for n, ms in zip(names, lag, strict=True) if ms <= LAG_MS_MAX]
+        # All lag: the freshest, and the answer says how old it may be.
+        return level or [n for n, ms in zip(names, lag, strict=True) if ms == min(lag)]
 
     def _assign(
         self, shards: Sequence[int], failed: set[tuple[str, int]]
     ) -> tuple[dict[str, list[int]], list[int]]:
         return coverage.cover(shards, lambda shard: self._candidates(shard, failed), self._cluster.local)
+
+    def _lag_ms(self, name: str, shards: Sequence[int]) -> int:
+        """By how much the answer of a node may be too old; level replicas count as 0."""
+        worst = max((self._cluster.lag_ms(name, shard) for shard in shards), default=0)
+        return worst if worst > LAG_MS_MAX else 0
 
     def _try_s(self, deadline: float) -> float:
         """Time for the next try. The last bit of a deadline is not worth a message."""
@@ -200,6 +213,7 @@ class Coordinator:
         reasons: dict[int, str] = {}
         failed: set[tuple[str, int]] = set()
         missing: list[int] = []
+        stale_ms = 0
         todo: Sequence[int] = self._all
 
         async def ask(name: str, shards: list[int], timeout_s: float) -> None:
@@ -222,6 +236,7 @@ class Coordinator:
             again: list[int] = []
             assigned, unanswerable = self._assign(todo, failed)
             missing += unanswerable
+            stale_ms = max([stale_ms, *(self._lag_ms(name, shards) for name, shards in assigned.items())])
             timeout_s = self._try_s(deadline)
             if timeout_s <= 0:
                 missing += [shard for shards in assigned.values() for shard in shards]
@@ -239,7 +254,7 @@ class Coordinator:
         else:
             missing += todo
         self.counters["partial"] += bool(missing)
-        return Found(_merge(parts, request, drop), missing, len(self._all), reasons)
+        return Found(_merge(parts, request, drop), missing, len(self._all), reasons, stale_ms)
 
     async def _one_user(self, user_id: int, deadline: float, session: Session) -> StoredRecord:
         (record,) = await self.look_up(Kind.USER, [user_id], deadline, session)
@@ -302,7 +317,10 @@ class Coordinator:
 
     @staticmethod
     def _reply(found: Found) -> dict[str, Any]:
-        return {"hits": found.columns, "coverage": found.coverage()}
+        reply: dict[str, Any] = {"hits": found.columns, "coverage": found.coverage()}
+        if found.stale_ms:
+            reply["stale_ms"] = found.stale_ms
+        return reply
 
 
 def _merge(
@@ -330,6 +348,10 @@ def _missing_record(code: Code, field: str, id_: int, found: object) -> RequestE
     if found is None:
         word = field.removesuffix("_id")
         return RequestError(code, f"{word} {id_} is not known; put it first", field)
+    if found == "overloaded":
+        return RequestError(
+            "overloaded", f"the shard of {field} {id_} has too much to do", field, retry_after_ms=50
+        )
     return RequestError(
         "unavailable" if found in ("unavailable", "deadline_exceeded") else known(str(found)),
         f"no replica of the shard of {field} {id_} could answer ({found}); try again",

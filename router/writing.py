@@ -82,7 +82,8 @@ class Writer:
             left = deadline - trio.current_time()
             try:
                 if left > 0:
-                    return await self._cluster.node(primary).write(asks, left)
+                    replies = await self._cluster.node(primary).write(asks, left)
+                    return _doubtful(replies) if sent else replies
             except NodeGoneError as error:
                 sent = sent or error.sent
                 # A node that is down for good is not worth the whole deadline when nothing was sent.
@@ -93,7 +94,7 @@ class Writer:
             except NodeError as error:
                 if error.code == "deadline_exceeded":
                     sent, left = True, 0
-                else:
+                elif not sent:
                     return _all(asks, error.code, error.message, error.retry_after_ms)
             if left <= 0:
                 return _all(
@@ -109,6 +110,17 @@ def _all(
     asks: list[WriteAsk], code: str, message: str, retry_after_ms: int | None = None
 ) -> list[WriteReply]:
     return [WriteReply(ask.shard, 0, 0, (code, message, retry_after_ms)) for ask in asks]
+
+
+def _doubtful(replies: list[WriteReply]) -> list[WriteReply]:
+    """Refusals of a second try, when a first one may have been carried out: a refusal now does not prove absence."""
+    text = "a first try may have been carried out before this refusal: "
+    return [
+        reply._replace(error=("outcome_unknown", text + reply.error[1], reply.error[2]))
+        if reply.error
+        else reply
+        for reply in replies
+    ]
 
 
 def _worst(errors: list[WriteReply]) -> tuple[str, str, int | None]:

@@ -115,6 +115,11 @@ class Replica:
         """The last version written under a client's write_id, and how many of its records the log has."""
         return self._write_ids.get(write_id)
 
+    @property
+    def newest_ns(self) -> int:
+        """The newest timestamp among records with a remembered write_id: the clock of a shard never goes back before it."""
+        return self._write_ids.newest_ns
+
     def read_log(self, after: int, max_bytes: int) -> bytes:
         """Whole durable records with sequence > after, at least one if there is one. Raises LogGoneError."""
         return self._log.read_after(after, max_bytes)

@@ -25,7 +25,7 @@ from storage.entries import (
     VERSION,
     VERSION_OFFSET,
 )
-from storage.errors import DamagedError
+from storage.errors import DamagedError, ForeignDataError
 from storage.records import HEADER_BYTES as RECORD_BYTES
 from storage.records import Kind, Operation, Record, decode
 from storage.table import KindState, Lookup, Table
@@ -85,7 +85,12 @@ class Rows:
         self.room(int(rows.max()) + 1)
         self.ids[rows] = np.array(ids, np.uint64)
         classes = np.frombuffer(class_bytes, "<u2").astype(np.int64)
-        assert not len(classes) or int(classes.max()) < 64 * self.words, "the server bounds class ids"
+        if len(classes) and int(classes.max()) >= 64 * self.words:
+            # The server lets none in; a width that was lowered since finds them here.
+            raise ForeignDataError(
+                f"the replica holds class {int(classes.max())}, and storage.class_width is {64 * self.words}; "
+                "set it to what it was"
+            )
         bits = np.left_shift(np.uint64(1), (classes & 63).astype(np.uint64))
         np.bitwise_or.at(self.masks, (np.repeat(rows, np.asarray(counts, np.int64)), classes >> 6), bits)
         alive = np.frombuffer(self.bits, np.uint8)
@@ -237,12 +242,15 @@ class Space:
         overlay, frozen = self.layers
         keys = head["id"].astype(">u8").tobytes()
         at_rest = table.find_many(self.kind, [keys[at : at + 8] for at in range(0, len(keys), 8)])
-        taken, dead, old_count = np.ones(len(ids), np.bool_), [], 0
-        for place, id in enumerate(ids):
-            old = overlay.get(id) or frozen.get(id) or (at_rest and at_rest.get(id.to_bytes(8, "big")))
-            if not old:
+        known = {int.from_bytes(key, "big"): entry for key, entry in at_rest.items()}
+        for layer in (frozen, overlay):
+            if not layer.keys().isdisjoint(ids):
+                known |= {id: layer[id] for id in ids if id in layer}
+        taken, dead, old_count = np.ones(len(ids), np.bool_), list[int](), len(known)
+        for place, id in enumerate(ids) if known else ():
+            old = known.get(id)
+            if old is None:
                 continue
-            old_count += 1
             version = (int(head["version_epoch"][place]), int(head["version_sequence"][place]))
             if VERSION.unpack_from(old, VERSION_OFFSET) >= version:
                 taken[place] = False

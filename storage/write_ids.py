@@ -56,6 +56,11 @@ class WriteIds:
         """How many values the table has once what `freeze` gave is in it."""
         return len(self._chunks)
 
+    @property
+    def newest_ns(self) -> int:
+        """The greatest timestamp among the remembered, 0 for none."""
+        return self._newest_ns
+
     def get(self, write_id: bytes) -> tuple[Version, int] | None:
         known = self._known.get(write_id)
         if known is None:
@@ -99,8 +104,8 @@ class WriteIds:
         chunks, out = list(self._chunks), dict[bytes, bytes | None]()
         if changed:
             key = chunks[-1].key + 1 if chunks else 1
-            chunks.append(_Chunk(key, max(_STAMP.unpack(known[id])[0] for id in changed), len(changed)))
-            out[key.to_bytes(8, "big")] = b"".join([part for id in changed for part in (id, known[id])])
+            chunks.append(_Chunk(key, self._newest_ns, len(changed)))
+            out[key.to_bytes(8, "big")] = b"".join([id + known[id] for id in changed])
         oldest, newer = self._newest_ns - self._keep_ns, 0
         self._chunks = []
         for chunk in reversed(chunks):

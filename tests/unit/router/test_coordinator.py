@@ -98,6 +98,7 @@ class World:
         self.nodes = {name: FakeNode(self, name) for name in NAMES}
         self.replication = replication
         self.seen_down: set[str] = set()
+        self.lags: dict[str, int] = {}
 
     def top(self, shards: Sequence[int], query: npt.NDArray[np.float16], k: int) -> tuple[Any, Any]:
         mine = [i for i in self.vectors if shard_of(i, SHARDS) in shards]
@@ -118,8 +119,8 @@ class World:
     def alive(self, name: str) -> bool:
         return name not in self.seen_down
 
-    def lagging(self, name: str, shard: int) -> bool:
-        return False
+    def lag_ms(self, name: str, shard: int) -> int:
+        return self.lags.get(name, 0)
 
     def status(self) -> dict[str, Any]:
         return {"node": self.local}
@@ -278,3 +279,33 @@ def test_a_primary_that_is_down_is_said_at_once() -> None:
     with pytest.raises(RequestError) as caught:
         _run(world, _put([1]))
     assert caught.value.code == "no_primary"
+
+
+def test_a_lagging_replica_is_asked_only_when_no_other_is_left_and_the_answer_says_so() -> None:
+    world = World(2)
+    world.lags = {"a": 5_000}
+    reply = _run(world, _search(world))
+    assert not world.nodes["a"].asked
+    assert "stale_ms" not in reply
+    world.seen_down = {"b"}  # shards 0 and 3 have their other replica on a
+    reply = _run(world, _search(world))
+    assert reply["coverage"]["missing"] == []
+    assert reply["stale_ms"] == 5_000
+
+
+def test_a_refusal_after_a_lost_try_is_an_unknown_outcome() -> None:
+    world = World(2)
+
+    async def refuse(asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
+        if not node.written:
+            node.written.extend(asks)
+            raise NodeGoneError(node.name, sent=True)
+        return [WriteReply(ask.shard, 0, 0, ("overloaded", "full", 50)) for ask in asks]
+
+    for node in world.nodes.values():
+        if world.placement(shard_of(1, SHARDS)).primary == node.name:
+            break
+    node.write = refuse  # type: ignore[method-assign]
+    with pytest.raises(RequestError) as caught:
+        _run(world, _put([1]))
+    assert caught.value.code == "outcome_unknown"
