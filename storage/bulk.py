@@ -1,19 +1,19 @@
-"""Many logged records as columns, for replay: no object per record, a header's fields by numpy. Pure.
-
-Only for bytes that have been verified: the log is, whole, when it is opened (`Log.spans`).
-"""
+"""Many logged records at once, their header fields as columns by numpy: for the log's scan and for replay. Pure."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
 
 from storage.records import HEADER_BYTES, Kind
-from storage.segment import TRAILER_BYTES, TRAILER_MAGICS
+from storage.segment import HEADER_BYTES as SEGMENT_HEADER_BYTES
+from storage.segment import TRAILER_BYTES, TRAILER_MAGICS, Buffer, SegmentHeader, trailer_at
 
 _HEADER = np.dtype(
     [
@@ -36,6 +36,9 @@ _HEADER = np.dtype(
     ]
 )
 _LENGTH = struct.Struct("<I")
+_WITHIN = np.arange(HEADER_BYTES // 8)
+# Some thousands at a time: enough for numpy to pay, few enough to stay in cache.
+_GLIDE_RECORDS = 2_048
 
 assert _HEADER.itemsize == HEADER_BYTES
 
@@ -61,10 +64,12 @@ class Columns:
 
 
 def columns(data: bytes, offset: int, end: int, after: int, batch: int) -> Iterator[Columns]:
-    """Records with sequence > after in data[offset:end], at most `batch` at a time, in order."""
+    """Records with sequence > after in data[offset:end], at most `batch` at a time, in order.
+
+    Only for bytes that have been verified: the log is, whole, when it is opened (`Log.spans`).
+    """
     peek, magic = _LENGTH.unpack_from, TRAILER_MAGICS[0]
-    # Records and trailers are multiples of 8 long: gathering words is cheaper than gathering bytes.
-    words, within = np.frombuffer(data, "<u8", len(data) // 8), np.arange(HEADER_BYTES // 8)
+    words = np.frombuffer(data, "<u8", len(data) // 8)
     while offset < end:
         found: list[int] = []
         while offset < end and len(found) < batch:
@@ -75,9 +80,120 @@ def columns(data: bytes, offset: int, end: int, after: int, batch: int) -> Itera
                 found.append(offset)
                 offset += length
         starts = np.array(found, np.int64)
-        headers = words[(starts >> 3)[:, None] + within].view(_HEADER).reshape(-1)
+        headers = _headers(words, starts)
         kept = headers["sequence"] > after
         if not kept.all():
             starts, headers = starts[kept], headers[kept]
         if len(starts):
             yield Columns(data, starts, headers)
+
+
+def _headers(words: npt.NDArray[np.uint64], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+    # Records and trailers are multiples of 8 long: gathering words is cheaper than gathering bytes.
+    gathered: npt.NDArray[np.void] = words[(starts >> 3)[:, None] + _WITHIN].view(_HEADER).reshape(-1)
+    return gathered
+
+
+class Glided(NamedTuple):
+    """How far a segment is whole batches of good records; `marks` are sparse (sequence, offset) pairs."""
+
+    offset: int
+    epoch: int
+    sequence: int
+    timestamp_ns: int
+    marks: list[tuple[int, int]]
+    mark_due: int
+
+
+def glide(data: Buffer, header: SegmentHeader, mark_step: int) -> Glided:
+    """Passes quickly over what is good from the segment's start, some batches at a time, and stops before what is not.
+
+    What follows is for a slower walk to judge: there may be more good records, the end, or damage.
+    """
+    first = header.first_sequence - 1
+    at = Glided(
+        SEGMENT_HEADER_BYTES,
+        header.previous_epoch,
+        first,
+        header.previous_timestamp_ns,
+        [],
+        SEGMENT_HEADER_BYTES,
+    )
+    words = np.frombuffer(data, "<u8", len(data) // 8)
+    while True:
+        starts, end = _batches(data, at.offset, header)
+        if not starts:
+            return at
+        places = np.array(starts, np.int64)
+        found = _headers(words, places)
+        if not _good(data, words, places, found, at):
+            return at
+        marks, due = list(at.marks), at.mark_due
+        while (place := int(np.searchsorted(places, due))) < len(places):
+            marks.append((int(found["sequence"][place]), starts[place]))
+            due = starts[place] + mark_step
+        last = found[-1]
+        stamp = int(last["timestamp_ns"])
+        at = Glided(end, int(last["epoch"]), int(last["sequence"]), stamp, marks, due)
+
+
+def _batches(data: Buffer, offset: int, header: SegmentHeader) -> tuple[list[int], int]:
+    """Offsets of the records of some batches with good trailers from `offset` on, and where these end."""
+    peek, magic, size = _LENGTH.unpack_from, TRAILER_MAGICS[0], len(data)
+    starts: list[int] = []
+    begin = end = offset
+    whole = 0
+    while offset + HEADER_BYTES <= size and whole < _GLIDE_RECORDS:
+        (length,) = peek(data, offset)
+        if length == magic:
+            trailer = trailer_at(data, offset, header)
+            if trailer is None or trailer.start != begin or offset == begin:
+                break
+            offset += TRAILER_BYTES
+            begin = end = offset
+            whole = len(starts)
+        elif length < HEADER_BYTES or length % 8 or offset + length > size:
+            break
+        else:
+            starts.append(offset)
+            offset += length
+    return starts[:whole], end
+
+
+def _good(
+    data: Buffer,
+    words: npt.NDArray[np.uint64],
+    starts: npt.NDArray[np.int64],
+    headers: npt.NDArray[np.void],
+    after: Glided,
+) -> bool:
+    """Whether these records follow `after` and each other, and every checksum and padding is right."""
+    size = len(starts)
+    epochs, lengths = headers["epoch"], headers["length"].astype(np.int64)
+    body = headers["vector_bytes"].astype(np.int64) + headers["metadata_bytes"]
+    body += 2 * headers["class_count"].astype(np.int64)
+    padding = -body % 8
+    last_words = words[((starts + lengths) >> 3) - 1]
+    spare = last_words >> (64 - 8 * padding).astype(np.uint64) % np.uint64(64)
+    if (
+        headers["reserved"].any()
+        or (lengths != HEADER_BYTES + body + padding).any()
+        or (
+            headers["sequence"] != np.arange(after.sequence + 1, after.sequence + 1 + size, dtype=np.uint64)
+        ).any()
+        or int(epochs[0]) < after.epoch
+        or (epochs[1:] < epochs[:-1]).any()
+        or spare[padding > 0].any()
+    ):
+        return False
+    view, digest = memoryview(data), xxh3_64_intdigest
+    begins = starts.tolist()
+    checks = [
+        digest(view[at + 8 : at + HEADER_BYTES], length) & 0xFFFFFFFF
+        for at, length in zip(begins, lengths.tolist(), strict=True)
+    ]
+    if checks != headers["header_check"].tolist():
+        return False
+    ends = (starts + HEADER_BYTES + body).tolist()
+    bodies = [digest(view[at + HEADER_BYTES : end]) for at, end in zip(begins, ends, strict=True)]
+    return bool(bodies == headers["body_check"].tolist())

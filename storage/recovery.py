@@ -53,10 +53,12 @@ def recover(directory: Path, shard: int, floor: int) -> Recovered:
         if owner != shard:
             raise ForeignDataError(f"{directory} is the log of shard {owner}, not of shard {shard}")
     tail: wal.Scan | None = None
+    # Headers and sizes of files have been found to agree.
+    scratch = bytearray(max((segment.header.segment_bytes for segment in segments), default=0))
     for position, segment in enumerate(segments):
         following = segments[position + 1] if position + 1 < len(segments) else None
         if following is None or following.header.first_sequence > floor + 1:
-            tail = scan_segment(segment, last_segment=following is None)
+            tail = scan_segment(segment, last_segment=following is None, scratch=scratch)
             if following is not None:
                 _check_border(tail, segment, following)
         elif following.header.first_sequence <= segment.header.first_sequence:
@@ -80,9 +82,24 @@ def read_segment(segment: Segment) -> bytes:
         raise DamagedError(segment.path, None, f"it cannot be read ({error.strerror})") from error
 
 
-def scan_segment(segment: Segment, *, last_segment: bool) -> wal.Scan:
+def _read_into(segment: Segment, scratch: bytearray) -> memoryview:
+    """The whole file, in `scratch`, which is long enough: fresh memory for each costs more than the copy."""
     try:
-        scanned = wal.scan(read_segment(segment), last_segment=last_segment)
+        with segment.path.open("rb", buffering=0) as file:
+            view, size = memoryview(scratch), 0
+            while count := file.readinto(view[size:]):
+                size += count
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedError(segment.path, None, f"it cannot be read ({error.strerror})") from error
+    return view[:size]
+
+
+def scan_segment(segment: Segment, *, last_segment: bool, scratch: bytearray | None = None) -> wal.Scan:
+    data = read_segment(segment) if scratch is None else _read_into(segment, scratch)
+    try:
+        scanned = wal.scan(data, last_segment=last_segment)
     except fmt.WalError as error:
         raise damaged(segment.path, error) from error
     segment.end, segment.marks = scanned.end, scanned.marks

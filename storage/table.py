@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from storage.entries import kind_name
@@ -346,7 +347,10 @@ def _sync_directory(directory: Path) -> None:
 
 def _pairs(entries: Mapping[int, bytes]) -> list[tuple[bytes, bytes]]:
     # In key order LMDB fills its pages one after the other.
-    return [(id.to_bytes(8, "big"), entries[id]) for id in sorted(entries)]
+    ids = np.fromiter(entries, np.uint64, len(entries))
+    order = np.argsort(ids)
+    keys, values = ids[order].astype(">u8").tobytes(), list(entries.values())
+    return [(keys[8 * at : 8 * at + 8], values[place]) for at, place in enumerate(order.tolist())]
 
 
 def _encode_state(state: TableState) -> bytes:

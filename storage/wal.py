@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
+from storage.bulk import glide
 from storage.records import HEADER_BYTES as RECORD_HEADER_BYTES
 from storage.records import Record, RecordError, Version, decode
 from storage.segment import (
-    HEADER_BYTES,
     SECTOR_BYTES,
     TRAILER_BYTES,
     TRAILER_MAGICS,
@@ -77,6 +77,7 @@ def scan(data: Buffer, *, last_segment: bool) -> Scan:
     whole = walked.reason is None and walked.offset == walked.batch_start
     if whole and _content_end(data, walked.offset) == walked.offset:
         return walked.result(torn=False, torn_bytes=0)
+    data = bytes(data)  # judging needs to search in it
     if not last_segment:
         raise WalError(
             walked.offset, walked.reason or "a batch without its trailer, or bytes behind the last one"
@@ -105,10 +106,10 @@ class _Walk(NamedTuple):
 
 
 def _walk(data: Buffer, header: SegmentHeader) -> _Walk:
-    offset = batch_start = due = HEADER_BYTES
+    # Whole good batches go by quickly; from the first that is not, each unit is looked at by itself.
+    offset, epoch, sequence, stamp, marks, due = glide(data, header, INDEX_STEP_BYTES)
+    batch_start = offset
     size = len(data)
-    epoch, sequence, stamp = header.previous_epoch, header.first_sequence - 1, header.previous_timestamp_ns
-    marks: list[tuple[int, int]] = []
     reason: str | None = None
     span = 0
     peek, digest = _PEEK.unpack_from, xxh3_64_intdigest
