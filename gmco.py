@@ -49,6 +49,7 @@ Vector = Any
 """float numbers, or FP32 little endian bytes, or a numpy array of float16, float32 or float64."""
 
 FRAME_BYTES_MAX = 64 << 20
+REQUEST_BYTES_MAX = 8 << 20  # a node closes the connection over it, and with it fails everyone's requests
 FRAME_REQUESTS_MAX = 256
 FRAME_REQUEST_BYTES = 1 << 20
 BACKOFF_S = (0.02, 1.0)
@@ -96,11 +97,13 @@ _CLASSES: dict[str, type[GmcoError]] = {
     **dict.fromkeys([*_BAD.split(), "wrong_dimension", "zero_vector", "too_large"], BadRequest),
     **dict.fromkeys(["unknown_user", "unknown_item"], NotFound),
     **dict.fromkeys(["overloaded", "indexing"], Overloaded),
-    **dict.fromkeys(["unavailable", "shutting_down", "no_primary"], Unavailable),
+    **dict.fromkeys(["unavailable", "shutting_down", "no_primary", "session_behind"], Unavailable),
     "deadline_exceeded": DeadlineExceeded,
 }
 _MOVE = frozenset({"unavailable", "shutting_down"})  # another node may do better
 _WAIT = frozenset({"overloaded", "indexing", "no_primary"})  # the same may do better soon
+_BEHIND = "session_behind"  # another node may have what the session wrote, or this one soon
+_UNSURE = frozenset({"deadline_exceeded", "outcome_unknown", "ack_timeout"})  # true after a lost try, too
 
 
 @dataclass(frozen=True)
@@ -199,12 +202,20 @@ class _Link:
         self._outbox: list[_Waiter] = []
         self._wake = trio.Event()
 
-    async def ask(self, op: str, fields: dict[str, Any]) -> dict[str, Any] | None:
+    def pack(self, op: str, fields: dict[str, Any]) -> tuple[int, bytes]:
+        """The request's id on this connection, and its bytes. Raises BadRequest for too many of them."""
+        self._next = id = self._next + 1
+        packed: bytes = msgpack.packb({"id": id, "op": op, **fields})
+        if len(packed) > REQUEST_BYTES_MAX:
+            message = f"a request is at most {REQUEST_BYTES_MAX} bytes packed, not {len(packed)}"
+            raise BadRequest("too_large", message)
+        return id, packed
+
+    async def ask(self, id: int, packed: bytes) -> dict[str, Any] | None:
         """The reply, or None when the connection broke before it came."""
         if not self.alive:
             return None
-        self._next = id = self._next + 1
-        waiter = _Waiter(msgpack.packb({"id": id, "op": op, **fields}))
+        waiter = _Waiter(packed)
         self._waiting[id] = waiter
         self._outbox.append(waiter)
         self._wake.set()
@@ -516,38 +527,61 @@ class Client:
         bounded: bool = False,
         write: bool = False,
     ) -> dict[str, Any]:
-        """One request with its retries. `bounded`: the op takes timeout_ms."""
+        """One request with its retries. `bounded`: the op takes timeout_ms.
+
+        Once a try of a write was sent and not answered, no refusal of another try says that nothing was written.
+        """
+        doubt = broken = False
         deadline = trio.current_time() + (self._timeout_s if timeout_s is None else timeout_s)
         last: GmcoError = DeadlineExceeded("deadline_exceeded", "no node answered in time")
         refusals = 2 * len(self._urls)
-        with trio.CancelScope(deadline=deadline) as scope:
-            self._calls.add(scope)
-            try:
+        scope = trio.CancelScope(deadline=deadline)
+        self._calls.add(scope)
+        try:
+            with scope:
                 for attempt in range(ATTEMPTS_MAX):
                     link = await self._connected()
                     if bounded and (write or timeout_s is not None):
                         left_ms = (deadline - trio.current_time()) * 1000
                         fields["timeout_ms"] = min(max(left_ms, 1.0), 60_000.0)
-                    reply = await link.ask(op, fields)
+                    id, packed = link.pack(op, fields)
+                    doubted, doubt = doubt, doubt or (write and link.alive)
+                    reply = await link.ask(id, packed)
                     if reply is None:
                         last = Unavailable("unavailable", "the connection broke before the answer came")
+                        if broken:
+                            await trio.sleep(_pause_s(attempt))
+                        broken = True
                         continue
+                    doubt = doubted
                     if reply.get("error") is None:
                         return reply
                     last = _error(reply["error"])
                     if last.code in _MOVE:
                         refusals -= 1
                         self._leave(link)
+                    elif last.code == _BEHIND:
+                        self._turn(link)
                     if not (
-                        (last.code in _MOVE and (write or refusals > 0)) or (last.code in _WAIT and write)
+                        (last.code in _MOVE and (write or refusals > 0))
+                        or (last.code in _WAIT and write)
+                        or (last.code == _BEHIND and not write)
                     ):
                         raise last
                     await trio.sleep((last.retry_after_ms or 0) / 1000 + _pause_s(attempt))
-            finally:
-                self._calls.discard(scope)
-        if self._closed:
-            raise Unavailable("unavailable", "the client is closed")
-        raise last
+            if self._closed:
+                raise Unavailable("unavailable", "the client is closed")
+            if doubt and scope.cancelled_caught:
+                message = "a try was not answered in time: the write may have been applied"
+                raise DeadlineExceeded("deadline_exceeded", message)
+            raise last
+        except GmcoError as error:
+            if not doubt or error.code in _UNSURE:
+                raise
+            message = f"a try was not answered and may have been applied; another one: {error}"
+            raise GmcoError("outcome_unknown", message) from error
+        finally:
+            self._calls.discard(scope)
 
     async def _connected(self) -> _Link:
         """A live connection: the one in use, or else one to the next node that takes us."""
@@ -586,6 +620,9 @@ class Client:
     def _leave(self, link: _Link) -> None:
         """Turns to the next node. What is in flight on this one may still be answered."""
         self._not_before[link.url] = trio.current_time() + BACKOFF_S[1] * random.uniform(0.2, 0.5)
+        self._turn(link)
+
+    def _turn(self, link: _Link) -> None:
         if link.url == self._urls[self._at]:
             self._at = (self._at + 1) % len(self._urls)
 

@@ -6,6 +6,7 @@ dimension (unit length for cosine), classes sorted and below the class width, me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from router.vectors import Vectors, from_wire
 from storage.config import Metric
 from storage.records import ID_MAX, METADATA_BYTES_MAX, NO_WRITE_ID, Kind
 from storage.view import ClassConstraint
+
+METADATA_DEPTH_MAX = 256  # its own map counts
+TIMESTAMP_SECONDS = range(-62_135_596_800, 253_402_300_800)  # years 1 to 9999, which RFC 3339 can spell
 
 Session = tuple[tuple[int, int, int], ...]  # (shard, epoch, sequence) each
 
@@ -329,7 +333,36 @@ def _metadata(packer: msgpack.Packer, raw: dict[str, Any], field: str, limits: L
     if len(packed) > limits.metadata_bytes_max:
         message = f"metadata is at most {limits.metadata_bytes_max} bytes packed, not {len(packed)}"
         raise RequestError("too_large", message, field)
+    wrong = _wrong_in(raw)
+    if wrong is not None:
+        raise RequestError("bad_request", wrong, field)
     return packed
+
+
+def _wrong_in(metadata: dict[str, Any]) -> str | None:
+    """What not every reader of the metadata could take, level by level: what is deep must not recurse here."""
+    level: list[dict[Any, Any] | list[Any]] = [metadata]
+    for _ in range(METADATA_DEPTH_MAX):
+        deeper: list[dict[Any, Any] | list[Any]] = []
+        for one in level:
+            if isinstance(one, dict):
+                if not all(type(key) is str for key in one):
+                    return "the keys of maps in metadata are strings"
+                values = list(one.values())
+            else:
+                values = one
+            for value in values:
+                if isinstance(value, dict | list):
+                    deeper.append(value)
+                elif isinstance(value, float):
+                    if not math.isfinite(value):
+                        return "numbers in metadata are finite"
+                elif isinstance(value, msgpack.Timestamp) and value.seconds not in TIMESTAMP_SECONDS:
+                    return "timestamps in metadata are of the years 1 to 9999"
+        if not deeper:
+            return None
+        level = deeper
+    return f"metadata is nested at most {METADATA_DEPTH_MAX} deep"
 
 
 def _write_id(raw: Any) -> bytes | None:

@@ -7,8 +7,9 @@ without an id.
 
 from __future__ import annotations
 
+import base64
 import json as stdlib_json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import msgpack
@@ -152,7 +153,10 @@ def error_reply(id: RequestId, error: RequestError) -> Reply:
 def encode_reply(reply: Reply, json: bool) -> bytes:
     """One reply map. Raises TypeError, ValueError or OverflowError for what cannot be sent: our own bug."""
     if json:
-        return _JSON.encode(_for_json(reply))
+        try:
+            return _JSON.encode(_for_json(reply, unpack_metadata))
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            return _JSON.encode(_for_json(reply, _any_metadata))  # raises again if it was not the metadata
     packed: bytes = _PACKER.pack(reply)
     return packed
 
@@ -198,7 +202,10 @@ def _encode_rest(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, msgpack.Timestamp):
-        return value.to_datetime()
+        try:
+            return value.to_datetime()
+        except (ValueError, OverflowError):  # a year that RFC 3339 cannot spell
+            return [-1, value.to_bytes()]
     raise TypeError(f"a reply cannot hold {type(value).__name__}")
 
 
@@ -206,35 +213,37 @@ _PACKER = msgpack.Packer(default=_pack_columns, strict_types=True)
 _JSON = msgspec.json.Encoder(enc_hook=_encode_rest)
 
 
-def _for_json(reply: Reply) -> Reply:
+def _for_json(reply: Reply, metadata: Callable[[bytes], Any]) -> Reply:
     if reply.keys() <= {"id", "ok", "error"}:
         return reply
     out = dict(reply)
     hits = out.get("hits")
     if type(hits) is Columns:
-        out["hits"] = _hits(hits)
+        out["hits"] = _hits(hits, metadata)
     if "records" in out:
-        out["records"] = [None if r is None else _record(r) for r in out["records"]]
+        out["records"] = [None if r is None else _record(r, metadata) for r in out["records"]]
+    if "unknown" in out:
+        out["unknown"] = [_json_id(id) for id in out["unknown"]]
     if isinstance(out.get("write_id"), bytes):
         out["write_id"] = out["write_id"].hex()
     return out
 
 
-def _hits(hits: Columns) -> list[dict[str, Any]]:
+def _hits(hits: Columns, metadata: Callable[[bytes], Any]) -> list[dict[str, Any]]:
     pairs = zip(hits.ids.tolist(), hits.scores.tolist(), strict=True)
     if hits.metadata is None:
         return [{"media_id": _json_id(id), "score": score} for id, score in pairs]
     return [
-        {"media_id": _json_id(id), "score": score, "metadata": unpack_metadata(packed)}
+        {"media_id": _json_id(id), "score": score, "metadata": metadata(packed)}
         for (id, score), packed in zip(pairs, hits.metadata, strict=True)
     ]
 
 
-def _record(record: dict[str, Any]) -> dict[str, Any]:
+def _record(record: dict[str, Any], metadata: Callable[[bytes], Any]) -> dict[str, Any]:
     out = dict(record)
     out["id"] = _json_id(out["id"])
     if isinstance(out.get("metadata"), bytes):
-        out["metadata"] = unpack_metadata(out["metadata"])
+        out["metadata"] = metadata(out["metadata"])
     if isinstance(out.get("vector"), bytes):
         out["vector"] = np.frombuffer(out["vector"], "<f2").tolist()
     return out
@@ -244,8 +253,16 @@ def _json_id(id: int) -> int | str:
     return id if id <= JSON_INT_MAX else str(id)
 
 
+def _any_metadata(packed: bytes) -> msgspec.Raw:
+    """Stored metadata as JSON: base64 of its bytes where it is no map that JSON can spell."""
+    try:
+        return msgspec.Raw(_JSON.encode(unpack_metadata(packed)))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return msgspec.Raw(_JSON.encode(base64.b64encode(packed).decode()))
+
+
 def unpack_metadata(packed: bytes) -> dict[str, Any]:
-    """A record's metadata as a map; {} for b"". Packed by us, so it is valid."""
+    """A record's metadata as a map; {} for b"". Raises ValueError, among others, for bytes that `parse` did not pack."""
     if not packed:
         return {}
     found: dict[str, Any] = msgpack.unpackb(packed, strict_map_key=False)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
 import trio
+from trio_websocket import ConnectionClosed, serve_websocket
 
 import gmco
 from node.server import AppServer, Connection
@@ -240,6 +242,128 @@ def test_writes_wait_as_they_are_told_and_keep_their_write_id() -> None:
             assert trio.current_time() - begin >= 0.2
             assert len(backend.requests) == 4
             assert len({request.write_id for request in backend.requests}) == 1
+
+    run(test)
+
+
+@asynccontextmanager
+async def scripted(script: list[RequestError | str]) -> AsyncIterator[tuple[list[float], str]]:
+    """A node that refuses, is "silent" or "break"s the connection, in that order; then answers. When it was asked; its URL."""
+    times: list[float] = []
+
+    async def serve(request: Any) -> None:
+        ws = await request.accept(subprotocol="gmco.msgpack")
+        while True:
+            try:
+                asked = msgpack.unpackb(await ws.get_message())
+            except ConnectionClosed:
+                return
+            times.append(trio.current_time())
+            does = script.pop(0) if script else None
+            if does == "break":
+                await ws.aclose(1011)
+                return
+            if isinstance(does, RequestError):
+                await ws.send_message(msgpack.packb({"id": asked["id"], "error": does.as_dict()}))
+            elif does is None:
+                await ws.send_message(
+                    msgpack.packb({"id": asked["id"], "ok": True, "written": 1, "session": []})
+                )
+
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(partial(serve_websocket, serve, "127.0.0.1", 0, None))
+        yield times, f"ws://127.0.0.1:{server.port}"
+        nursery.cancel_scope.cancel()
+
+
+WAIT = RequestError("overloaded", "wait", retry_after_ms=1)
+
+
+@pytest.mark.parametrize(("script", "code"), [
+    ([WAIT, "silent"], "deadline_exceeded"),
+    (["break", *[WAIT] * 500], "deadline_exceeded"),
+    (["break", "silent"], "deadline_exceeded"),
+    (["break", RequestError("disk_full", "full")], "outcome_unknown"),
+    (["break", RequestError("ack_timeout", "written")], "ack_timeout"),
+    ([*[WAIT] * 500], "overloaded"),
+    ([RequestError("disk_full", "full")], "disk_full"),
+])  # fmt: skip
+def test_a_write_in_doubt_is_never_told_as_refused(script: list[RequestError | str], code: str) -> None:
+    async def test() -> None:
+        async with scripted(list(script)) as (_, url), gmco.connect([url]) as client:
+            with pytest.raises(gmco.GmcoError) as caught:
+                await client.delete_items([1], timeout_s=0.4)
+            assert caught.value.code == code
+            assert isinstance(caught.value, gmco.DeadlineExceeded) == (code == "deadline_exceeded")
+
+    run(test)
+
+
+def test_a_write_in_doubt_whose_client_closes_has_an_unknown_outcome() -> None:
+    async def test() -> None:
+        codes: list[str] = []
+
+        async def write(client: gmco.Client) -> None:
+            with pytest.raises(gmco.GmcoError) as caught:
+                await client.delete_items([1])
+            codes.append(caught.value.code)
+
+        async with scripted(["silent"]) as (times, url), trio.open_nursery() as nursery:
+            async with gmco.connect([url]) as client:
+                nursery.start_soon(write, client)
+                await until(lambda: len(times) == 1)
+        assert codes == ["outcome_unknown"]
+
+    run(test)
+
+
+def test_broken_links_are_not_stormed() -> None:
+    async def test() -> None:
+        async with scripted(["break"] * 1_000) as (times, url), gmco.connect([url]) as client:
+            with pytest.raises(gmco.Unavailable):
+                await client.recommend(1, timeout_s=1)
+            assert 2 <= len(times) < 20
+        async with scripted(["break"]) as (times, url), gmco.connect([url]) as client:
+            await client.delete_items([1])
+            assert len(times) == 2
+
+    run(test)
+
+
+def test_a_request_over_the_frame_bound_is_refused_before_it_is_sent() -> None:
+    async def test() -> None:
+        async with nodes(1) as ((server,), (backend,), _, urls), gmco.connect(urls) as client:
+            backend.gate = trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.recommend, 1)
+                await until(lambda: len(backend.requests) == 1)
+                items = [gmco.Item(i, UNIT, metadata={"a": bytes(60_000)}) for i in range(140)]
+                with pytest.raises(gmco.BadRequest) as caught:
+                    await client.put_items(items)
+                assert caught.value.code == "too_large"
+                backend.gate.set()
+            assert (server.statistics().accepted, len(backend.requests)) == (1, 1)
+            await client.put_items(items[:139])
+
+    run(test)
+
+
+def test_reads_of_a_session_find_a_node_that_has_it() -> None:
+    async def test() -> None:
+        behind = RequestError("session_behind", "not yet")
+        async with nodes(2) as (_, backends, _, urls), gmco.connect(urls) as client:
+            await client.status()
+            used = 0 if backends[0].requests else 1
+            backends[used].refusals = [behind] * 1_000
+            assert (await client.recommend(1, session=[(1, 2, 3)])).hits
+            assert len(backends[1 - used].requests) == 1
+        async with nodes(1) as (_, (backend,), _, urls), gmco.connect(urls) as client:
+            backend.refusals = [behind] * 4  # more than there are nodes: it catches up
+            assert (await client.recommend(1, session=[(1, 2, 3)])).hits
+            backend.refusals = [behind] * 1_000
+            with pytest.raises(gmco.Unavailable) as caught:
+                await client.recommend(1, session=[(1, 2, 3)], timeout_s=0.2)
+            assert caught.value.code == "session_behind"
 
     run(test)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -185,3 +186,43 @@ def test_nothing_but_a_request_error_comes_out(op: str, fields: dict[str, Any]) 
     except RequestError as error:
         error.message.encode()  # what goes back must be sendable
         (error.field or "").encode()
+
+
+def put(metadata: Any) -> dict[str, Any]:
+    return {"items": [{**ITEM, "metadata": metadata}]}
+
+
+def nested(depth: int, *, lists: bool) -> dict[str, Any]:
+    inner: Any = [] if lists else {}
+    for _ in range(depth - 2):
+        inner = [inner] if lists else {"a": inner}
+    return {"a": inner}
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_metadata_is_bounded_in_depth(lists: bool) -> None:
+    assert isinstance(parse("put_items", put(nested(256, lists=lists)), LIMITS), Put)
+    for depth in (257, 800, 5_000):
+        assert refused("put_items", put(nested(depth, lists=lists))) == ("bad_request", "items[0].metadata")
+
+
+def test_metadata_keeps_to_what_every_reader_can_take() -> None:
+    first, last = -62_135_596_800, 253_402_300_799
+    good = {
+        "a": [msgpack.Timestamp(first), msgpack.Timestamp(last, 999_999_999)],
+        "b": msgpack.ExtType(5, b""),
+    }
+    request = parse("put_items", put(good), LIMITS)
+    assert isinstance(request, Put)
+    for moment in (first, last):
+        assert msgpack.Timestamp(moment).to_datetime().year in (1, 9999)
+    for bad in (
+        msgpack.Timestamp(first - 1),
+        msgpack.Timestamp(last + 1),
+        msgpack.Timestamp(2**63 - 1),
+        float("nan"),
+        float("-inf"),
+        {b"x": 1},
+    ):
+        for metadata in ({"a": bad}, {"a": [{"b": [bad]}]}):
+            assert refused("put_items", put(metadata)) == ("bad_request", "items[0].metadata")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 from typing import Any
@@ -161,3 +162,38 @@ def test_a_reply_that_cannot_be_sent_is_an_error_and_spoils_none_after_it() -> N
         with pytest.raises(TypeError):
             encode_reply({"id": 1, "oops": object()}, as_json)
         assert b"ok" in encode_reply({"id": 1, "ok": True}, as_json)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        inner = {"a": inner}
+    return inner
+
+
+@pytest.mark.parametrize(("packed", "expected"), [
+    (msgpack.packb({"at": msgpack.Timestamp(2**62)}), {"at": [-1, "AAAAAEAAAAAAAAAA"]}),
+    (msgpack.packb({"at": msgpack.Timestamp(-(2**40))}), {"at": [-1, "AAAAAP///wAAAAAA"]}),
+    (msgpack.packb({"x": float("nan")}), {"x": None}),
+    (msgpack.packb({None: 1}), "gcAB"),
+    (msgpack.packb({"x": {True: 1}}), None),
+    (msgpack.packb(nested(1_000)), None),
+    (b"\x81\xa1a\xd7\xff" + b"\xff" * 8, None),
+    (b"\x81\xa1\xff\x01", None),
+    (b"\xc1", "wQ=="),
+])  # fmt: skip
+def test_no_stored_metadata_keeps_its_neighbours_from_json(packed: bytes, expected: Any) -> None:
+    expected = expected or base64.b64encode(packed).decode()
+    good = msgpack.packb({"at": msgpack.Timestamp(0)})
+    hits = Columns(np.arange(2, dtype=np.uint64), np.ones(2, np.float32), [packed, good])
+    found = json.loads(encode_reply({"id": 1, "hits": hits}, True))["hits"]
+    assert [hit["metadata"] for hit in found] == [expected, {"at": "1970-01-01T00:00:00Z"}]
+    records = [{"id": 5, "version": (1, 2), "classes": (), "metadata": packed}]
+    assert json.loads(encode_reply({"id": 1, "records": records}, True))["records"][0]["metadata"] == expected
+
+
+def test_unknown_ids_are_ids() -> None:
+    unknown = [2**53 - 1, 2**53, 2**64 - 1]
+    reply = {"id": 1, "ok": True, "hits": HITS, "unknown": unknown}
+    assert json.loads(encode_reply(reply, True))["unknown"] == [2**53 - 1, str(2**53), str(2**64 - 1)]
+    assert msgpack.unpackb(encode_reply(reply, False))["unknown"] == unknown
