@@ -31,6 +31,7 @@ class CheckpointJob:
         # The table holds the changes. False after `run`: `error` says why, and they stay in memory.
         self.done = False
         self.error: DiskFullError | None = None
+        self.cleaned = True
         self.seconds = 0.0
 
     def run(self) -> None:
@@ -50,5 +51,9 @@ class CheckpointJob:
             self._stop(error)
             raise
         self.done = True
-        self._afterwards(self.state)
+        try:
+            self._afterwards(self.state)
+        except (OSError, DiskFullError):
+            # Old segments and rowsets that stay cost room and nothing else; the next checkpoint removes them.
+            self.cleaned = False
         self.seconds = time.monotonic() - start

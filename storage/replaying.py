@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from storage.replica import Replica
 
 _BATCH = 2_048
-# While nothing is served yet, longer steps between checkpoints spare fsyncs.
-_CHECKPOINT_BYTES = 64 << 20
+# Vectors go to their files at once, so what waits in memory is an eighth of this or less.
+_CHECKPOINT_BYTES = 128 << 20
+_SYNC_BYTES = 48 << 20
 _WRITES_MAX = 8
 
 
@@ -26,11 +27,13 @@ class Replay:
     Memory is bounded: two segments, `_WRITES_MAX` batches, two checkpoints' worth of changes.
     """
 
-    def __init__(self, replica: Replica, log: Log) -> None:
-        self._replica, self._log = replica, log
-        self._pool = ThreadPoolExecutor(3)
+    def __init__(self, replica: Replica, log: Log, files: Sequence[RowFile]) -> None:
+        self._replica, self._log, self._files = replica, log, files
+        self._pool = ThreadPoolExecutor(4)
         self._writes: list[Future[None]] = []
+        self._syncs: list[Future[None]] = []
         self._running: tuple[CheckpointJob, Future[None]] | None = None
+        self._synced_bytes = 0
         self.records = 0
         self.checkpoints = 0
 
@@ -43,6 +46,8 @@ class Replay:
                 self._checkpoint()
             self._settle(0)
             self._finish()
+        for sync in self._syncs:
+            sync.result()  # a failed one must stop the replica
 
     def _batches(self, after: int) -> Iterator[Columns]:
         spans = self._log.spans(after)
@@ -62,6 +67,11 @@ class Replay:
             self._writes.pop(0).result()
 
     def _checkpoint(self) -> None:
+        if self._replica.unsaved_bytes >= self._synced_bytes + _SYNC_BYTES:
+            # Early, so that the disk has work from the start and the checkpoint's own sync little to wait for.
+            self._synced_bytes = self._replica.unsaved_bytes
+            for file in self._files:
+                self._syncs.append(self._pool.submit(file.sync))
         due = self._replica.unsaved_bytes >= _CHECKPOINT_BYTES
         if self._running is not None and (due or self._running[1].done()):
             self._finish()
@@ -70,6 +80,7 @@ class Replay:
             job = self._replica.begin_checkpoint()
             self._running = (job, self._pool.submit(job.run))
             self.checkpoints += 1
+            self._synced_bytes = 0
 
     def _finish(self) -> None:
         if self._running is not None:

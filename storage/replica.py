@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from storage import lookups, opening, snapshot
@@ -20,7 +19,7 @@ from storage.lookups import Row
 from storage.records import Kind, Operation, Record, Version
 from storage.replaying import Replay
 from storage.saved_graph import SavedGraph
-from storage.space import Space, WriteRows
+from storage.space import Space, WriteRows, space_figures
 from storage.table import Table, TableState
 from storage.view import ShardView, Statistics
 from storage.write_ids import WriteIds
@@ -226,9 +225,7 @@ class Replica:
         self._check_running()
         assert self._checkpoint is None, "no checkpoint beside a compaction's commit"
         write_ids = self._write_ids.freeze()
-        state = self._current_state()
-        of = replace(state.of(kind), rowset=rowset, rows=rows)
-        state = replace(state, items=of) if kind is Kind.ITEM else replace(state, users=of)
+        state = self._current_state().with_rowset(kind, rowset, rows)
         changes = {kind_: space.layers[0] for kind_, space in self._spaces.items()} | {kind: moved}
         kept = False
         try:
@@ -251,11 +248,7 @@ class Replica:
     def _compactable(self) -> Space | None:
         if self._compaction or self._checkpoint or self._stopped or time.monotonic() < self._compact_retry_at:
             return None
-        ratio, least = self.config.compact_dead_ratio, self.config.compact_rows_min
-        for space in self._spaces.values():
-            if space.rows > least and space.dead > ratio * space.rows:
-                return space
-        return None
+        return next((space for space in self._spaces.values() if space.wasteful(self.config)), None)
 
     # -- the rest -------------------------------------------------------------------------------------------------
 
@@ -283,32 +276,26 @@ class Replica:
         snapshot.import_snapshot(Path(source), Path(directory), shard=shard, node_id=node_id, config=config)
 
     def statistics(self) -> Statistics:
-        items, users = self._spaces[Kind.ITEM], self._spaces[Kind.USER]
-        return {
-            "shard": self.shard,
-            "position": tuple(self.position),
-            "checkpoint_position": tuple(self._state.position),
-            "checkpoint_age_s": time.monotonic() - self._checkpointed_at,
-            "rows": items.rows,
-            "alive": items.alive,
-            "dead": items.dead,
-            "fresh": self.fresh_rows(),
-            "items": items.entries,
-            "users": users.alive,
-            "user_rows": users.rows,
-            "rowset": items.rowset,
-            "digest": f"{items.digest() ^ users.digest():016x}",
-            "unsaved_entries": sum(len(part) for s in (items, users) for part in s.layers),
-            "unsaved_bytes": self.unsaved_bytes,
-            "table_bytes": self._table.size_bytes(),
-            "vector_bytes": (items.rows + users.rows) * items.file.row_bytes,
-            "write_ids": len(self._write_ids),
-            "write_ids_refused": self._write_ids.refused,
-            "graph_saves": self._graph.saves,
-            "stopped": self._stopped is not None,
-            "log": self._log.statistics(),
-            "engine": self.engine.statistics(),
-        } | self._counters
+        """Counters and sizes; `digest` is equal on replicas that hold the same."""
+        return (
+            space_figures(self._spaces)
+            | {
+                "shard": self.shard,
+                "position": tuple(self.position),
+                "checkpoint_position": tuple(self._state.position),
+                "fresh": self.fresh_rows(),
+                "checkpoint_age_s": time.monotonic() - self._checkpointed_at,
+                "unsaved_bytes": self.unsaved_bytes,
+                "table_bytes": self._table.size_bytes(),
+                "write_ids": len(self._write_ids),
+                "write_ids_refused": self._write_ids.refused,
+                "graph_saves": self._graph.saves,
+                "stopped": self._stopped is not None,
+                "log": self._log.statistics(),
+                "engine": self.engine.statistics(),
+            }
+            | self._counters
+        )
 
     def bucket_digests(self, kind: Kind) -> tuple[int, ...]:
         """256 XOR digests of entries, by the low byte of the id; equal on replicas that hold the same."""
@@ -353,7 +340,7 @@ class Replica:
 
     def _recover(self, start: float) -> None:
         verified = time.monotonic()
-        replay = Replay(self, self._log)
+        replay = Replay(self, self._log, [space.file for space in self._spaces.values()])
         replay.run(self.position.sequence)
         self._publish()
         replayed_at = time.monotonic()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import reduce
 from operator import xor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from storage import entries
 from storage.bulk import Columns
+from storage.config import StorageConfig
 from storage.entries import (
     BUCKETS,
     CLASSES,
@@ -123,6 +125,10 @@ class Space:
     @property
     def dead(self) -> int:
         return self.rows - self.alive
+
+    def wasteful(self, config: StorageConfig) -> bool:
+        """Whether dead rows are so many that compaction pays."""
+        return self.rows > config.compact_rows_min and self.dead > config.compact_dead_ratio * self.rows
 
     def digest(self) -> int:
         return reduce(xor, self.buckets)
@@ -318,6 +324,23 @@ class Space:
         if self.arrays is not None:
             self.arrays.room(state.rows)
             self.arrays.place(np.array(rows, np.int64), ids, b"".join(blobs), counts)
+
+
+def space_figures(spaces: Mapping[Kind, Space]) -> dict[str, Any]:
+    """What `Replica.statistics` says of rows and entries."""
+    items, users = spaces[Kind.ITEM], spaces[Kind.USER]
+    return {
+        "rows": items.rows,
+        "alive": items.alive,
+        "dead": items.dead,
+        "items": items.entries,
+        "users": users.alive,
+        "user_rows": users.rows,
+        "rowset": items.rowset,
+        "vector_bytes": (items.rows + users.rows) * items.file.row_bytes,
+        "digest": f"{items.digest() ^ users.digest():016x}",
+        "unsaved_entries": sum(len(part) for space in (items, users) for part in space.layers),
+    }
 
 
 def kind_id(kind: Kind, id: int) -> str:

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class TableState:
 
     def of(self, kind: Kind) -> KindState:
         return self.items if kind is Kind.ITEM else self.users
+
+    def with_rowset(self, kind: Kind, rowset: int, rows: int) -> TableState:
+        """The same with another rowset of `kind`, which has `rows` rows."""
+        of = replace(self.of(kind), rowset=rowset, rows=rows)
+        return replace(self, items=of) if kind is Kind.ITEM else replace(self, users=of)
 
 
 # Less room than this, and a short write was the disk's fault.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +42,9 @@ class WriteIds:
         self._known: dict[bytes, bytes] = {}
         # (newest timestamp_ns, ids) per batch, in order of their first record.
         self._order: deque[tuple[int, list[bytes]]] = deque()
-        self._changed: set[bytes] = set()
-        self._frozen: set[bytes] = set()
+        # Lists of ids, some twice, some gone meanwhile: sorted out when a checkpoint asks.
+        self._changed: list[Sequence[bytes]] = []
+        self._frozen: list[Sequence[bytes]] = []
         self._chunks: list[_Chunk] = []
         self._chunks_before: list[_Chunk] = []
         self._newest_ns = 0
@@ -88,7 +90,7 @@ class WriteIds:
             known.update(
                 zip(ids, [packed[at : at + size] for at in range(0, len(packed), size)], strict=True)
             )
-            self._changed |= new
+            self._changed.append(ids)
             self._note(int(values[:, 3].max()), ids)
         elif new != {NO_WRITE_ID}:
             fields = (
@@ -98,9 +100,9 @@ class WriteIds:
 
     def freeze(self) -> Mapping[bytes, bytes | None]:
         """The chunk of what changed since the last checkpoint, and None for those to remove; then `thaw`."""
-        self._frozen, self._changed = self._changed, set()
+        self._frozen, self._changed = self._changed, []
         self._chunks_before, known = self._chunks, self._known
-        changed = [id for id in self._frozen if id in known]
+        changed = [id for id in dict.fromkeys(chain.from_iterable(self._frozen)) if id in known]
         chunks, out = list(self._chunks), dict[bytes, bytes | None]()
         if changed:
             key = chunks[-1].key + 1 if chunks else 1
@@ -120,9 +122,9 @@ class WriteIds:
     def thaw(self, *, kept: bool) -> None:
         """The table has what `freeze` gave (`kept`), or it is due again."""
         if not kept:
-            self._changed |= self._frozen
+            self._changed = self._frozen + self._changed
             self._chunks = self._chunks_before
-        self._frozen = set()
+        self._frozen = []
 
     def load(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
         """What the table has, in the order of its keys."""
@@ -148,8 +150,8 @@ class WriteIds:
                 last, stamp = max((before[0], before[1]), last), max(before_ns, stamp)
             known[write_id] = _VALUE.pack(*last, count + 1, stamp)
             newest = max(newest, stamp)
-            self._changed.add(write_id)
         if rows:
+            self._changed.append([row[0] for row in rows])
             self._note(newest, first)
 
     def _note(self, newest_ns: int, first: list[bytes]) -> None:
@@ -171,7 +173,6 @@ class WriteIds:
                     continue
                 self.refused += last_ns >= oldest
                 del known[id]
-                self._changed.discard(id)
             if later:
                 order.append((self._newest_ns, later))
             if len(gone) < len(ids):
