@@ -113,11 +113,14 @@ def _all(
 
 
 def _doubtful(replies: list[WriteReply]) -> list[WriteReply]:
-    """Refusals of a second try, when a first one may have been carried out: a refusal now does not prove absence."""
+    """Refusals of a second try, when a first one may have been carried out: a refusal now does not prove absence.
+
+    `ack_timeout` stays: it says that the records are written.
+    """
     text = "a first try may have been carried out before this refusal: "
     return [
         reply._replace(error=("outcome_unknown", text + reply.error[1], reply.error[2]))
-        if reply.error
+        if reply.error and reply.error[0] != "ack_timeout"
         else reply
         for reply in replies
     ]

@@ -293,14 +293,17 @@ def test_a_lagging_replica_is_asked_only_when_no_other_is_left_and_the_answer_sa
     assert reply["stale_ms"] == 5_000
 
 
-def test_a_refusal_after_a_lost_try_is_an_unknown_outcome() -> None:
+@pytest.mark.parametrize(
+    ("refusal", "told"), [("overloaded", "outcome_unknown"), ("ack_timeout", "ack_timeout")]
+)
+def test_a_refusal_after_a_lost_try_is_an_unknown_outcome(refusal: str, told: str) -> None:
     world = World(2)
 
     async def refuse(asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         if not node.written:
             node.written.extend(asks)
             raise NodeGoneError(node.name, sent=True)
-        return [WriteReply(ask.shard, 0, 0, ("overloaded", "full", 50)) for ask in asks]
+        return [WriteReply(ask.shard, 0, 0, (refusal, "refused", 50)) for ask in asks]
 
     for node in world.nodes.values():
         if world.placement(shard_of(1, SHARDS)).primary == node.name:
@@ -308,4 +311,4 @@ def test_a_refusal_after_a_lost_try_is_an_unknown_outcome() -> None:
     node.write = refuse  # type: ignore[method-assign]
     with pytest.raises(RequestError) as caught:
         _run(world, _put([1]))
-    assert caught.value.code == "outcome_unknown"
+    assert caught.value.code == told
