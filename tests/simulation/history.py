@@ -218,8 +218,23 @@ class Nemesis:
 
 # How often trouble follows a moment at which something was promised.
 DANGER = {"acknowledged": 0.01, "streamed": 0.005, "promised": 0.2, "opened": 0.2, "side-file-gone": 0.3}
-TROUBLES = ["crash", "crash", "crash", "cut_link", "cut_link", "ambush", "lose_disk", "pause", "isolate", "isolate", "heal", "heal", "weather", "fill_disk",
-            "skew", "slow_disk", "slow_disk", "hand_over"]  # fmt: skip
+TROUBLES = [
+    *(
+        "crash",
+        "crash",
+        "crash",
+        "cut_link",
+        "cut_link",
+        "ambush",
+        "lose_disk",
+        "pause",
+        "isolate",
+        "isolate",
+        "heal",
+        "heal",
+    ),
+    *("weather", "fill_disk", "skew", "slow_disk", "slow_disk", "hand_over"),
+]
 
 
 def run(seed: int, *, seconds: float = 60.0, count: int = 3, bugs: frozenset[str] = frozenset()) -> Result:

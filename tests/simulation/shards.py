@@ -25,6 +25,8 @@ OFFER_S = 0.3
 ANNOUNCE_S = 0.1
 CHECKPOINT_S = 1.0
 
+NOTHING = Version(0, 0)
+
 BUGS = (
     "ack-before-fsync",
     "stream-unsynced",
@@ -69,7 +71,7 @@ class Disk:
     sides: dict[int, list[Rec]] = field(default_factory=dict)
     quarantine: list[Rec] = field(default_factory=list)
     table: dict[str, Row] = field(default_factory=dict)
-    floor: Version = Version(0, 0)
+    floor: Version = NOTHING
     # The log up to here is in `table`.
     checkpoint: int = 0
 

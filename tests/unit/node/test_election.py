@@ -23,12 +23,11 @@ from node.election import (
 from storage.records import Version
 
 L = ElectionConfig().lease_s
+END = Version(1, 5)
 VOTERS = ("a", "b", "c")
 
 
-def replica(
-    name: str = "b", *, promised: int = 0, last: Version = Version(1, 5), now: float = 0.0
-) -> Election:
+def replica(name: str = "b", *, promised: int = 0, last: Version = END, now: float = 0.0) -> Election:
     return Election(
         ElectionConfig(), name, voters=VOTERS, promised=promised, last=lambda: last, random=Random(1), now=now
     )
