@@ -73,7 +73,7 @@ class ExactEngine:
         groups = grouped(view, constraints, self._matchings)
         survivors = self.survivors(view, queries, k, groups)
         self._searches += len(queries)
-        return rescore(view, queries, survivors, k, self._config.metric)
+        return rescore(view, queries, survivors, k, self._config.metric, self._config.threads)
 
     def survivors(
         self,
