@@ -33,6 +33,7 @@ SAMPLE_ROWS = 16_384
 # 99.9th percentile on real and synthetic embeddings.
 FAR = 4 * (1 - KEEP)
 FAR_SHARE_MAX = 0.02
+# Vectors of which so many may be far.
 WINDOW = 2048
 # The deviation of a score's error among the rows near one query, over the energy that was dropped (measured:
 # 0.12 on synthetic, 0.16 on film embeddings).
@@ -79,8 +80,9 @@ class Codes:
         """Whether vectors of another kind come in numbers. Threads may lose a count to each other; no matter."""
         self._seen += len(turned)
         self._far += int(np.count_nonzero(np.vecdot(turned, turned) < 1 - FAR))
+        if self._far > FAR_SHARE_MAX * WINDOW:
+            self.unsuited = True
         if self._seen >= WINDOW:
-            self.unsuited = self.unsuited or self._far > FAR_SHARE_MAX * self._seen
             self._seen = self._far = 0
 
 

@@ -49,7 +49,9 @@ class Graph(Protocol):
     @property
     def bytes_per_vector(self) -> float: ...
     def reserve(self, rows: int) -> None: ...
-    def add(self, vectors: npt.NDArray[np.float16]) -> None: ...
+    def add(self, vectors: npt.NDArray[np.float16]) -> None:
+        """All of `vectors`, or none when `fitting` would now give another graph."""
+
     def fitting(self, vectors: npt.NDArray[np.float16]) -> Graph:
         """Itself, or an equal graph that suits its rows, the first of `vectors`, and what is asked of it better."""
 
@@ -184,9 +186,7 @@ class GraphEngine:
             if view.rows < self._config.graph_rows_min:
                 return False
             until = time.monotonic() + budget_s
-            graph = self._graph_for(view)
-            self._held = (view.rowset, graph)
-            while graph.rows < view.rows:
+            while (graph := self._graph_for(view)).rows < view.rows:
                 now = time.monotonic()
                 if now >= until:
                     return True
@@ -206,11 +206,14 @@ class GraphEngine:
             return False
 
     def _graph_for(self, view: ShardView) -> Graph:
-        """The graph to add rows of `view` to; searches go on meanwhile."""
+        """The graph to add rows of `view` to, from now on the one that is searched."""
         held, vectors = self._held, view.vectors[: view.rows]
         if held is None or held[0] != view.rowset:
-            return self._make(self._config, vectors)
-        return held[1].fitting(vectors) if held[1].rows <= view.rows else held[1]
+            graph = self._make(self._config, vectors)
+        else:
+            graph = held[1].fitting(vectors) if held[1].rows <= view.rows else held[1]
+        self._held = (view.rowset, graph)
+        return graph
 
     def covered(self, view: ShardView) -> int:
         """As the protocol says; below `graph_rows_min` no row waits for a graph, so all count as covered."""

@@ -54,11 +54,13 @@ class FaissGraph:
 
     def add(self, vectors: npt.NDArray[np.float16]) -> None:
         encoded = self._encoded(vectors)
+        if self._codes and self._codes.unsuited:
+            return  # links of rows by codes that do not suit them would stay poor
         faiss.omp_set_num_threads(self._config.threads)
         self._index.add(encoded)
 
     def fitting(self, vectors: npt.NDArray[np.float16]) -> FaissGraph:
-        """When vectors of another kind came, the same links over codes that drop nothing. Some 10 µs a row."""
+        """When vectors of another kind came, the same links over codes that drop nothing. Some 20 µs a row."""
         if self._codes is None or not self._codes.unsuited:
             return self
         codes = whole(self._config.dim)

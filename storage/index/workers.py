@@ -18,13 +18,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="gmco-search")
 
 
-def in_pieces(total: int, threads: int, work: Callable[[int, int], T]) -> Sequence[T]:
+def in_pieces(total: int, threads: int, work: Callable[[int, int], T], piece_max: int = PIECE) -> Sequence[T]:
     """work(low, high) for consecutive pieces of [0, total), in order; on the caller's thread when there is but one.
 
     Pieces are equally long and as many for each thread, so that none waits for the last one.
     """
-    if threads <= 1 or total <= PIECE:
+    if threads <= 1 or total <= piece_max:
         return [work(0, total)]
-    count = threads * -(-total // (threads * PIECE))
+    count = threads * -(-total // (threads * piece_max))
     bounds = [total * i // count for i in range(count + 1)]
     return list(_pool(threads).map(work, bounds[:-1], bounds[1:]))
