@@ -185,6 +185,7 @@ class GraphEngine:
         with self._builder:
             if view.rows < self._config.graph_rows_min:
                 return False
+            self._graph_for(view)  # a new one takes a second to fit its codes, which is no step's time
             until = time.monotonic() + budget_s
             while (graph := self._graph_for(view)).rows < view.rows:
                 now = time.monotonic()

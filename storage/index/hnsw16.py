@@ -23,6 +23,9 @@ from storage.index.workers import in_pieces
 faiss: Any = _typed_faiss
 
 RECODE_ROWS = 4096
+# Queries are encoded by more at a time than they are walked: the product first copies its matrix, which 13 queries
+# pay for with 27 µs each and 50 with 16.
+ENCODE_QUERIES = 50
 
 
 class FaissGraph:
@@ -77,17 +80,22 @@ class FaissGraph:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         count = min(count, self.rows)
         parameters = faiss.SearchParametersHNSW(efSearch=max(ef, count))
+        threads = self._config.threads
+        encoded = np.concatenate(
+            in_pieces(
+                len(queries), threads, lambda low, high: self._encoded(queries[low:high]), ENCODE_QUERIES
+            )
+        )
 
         def walk(low: int, high: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-            encoded = self._encoded(queries[low:high])
             # Pieces on our own threads keep the cores busy while another piece is in Python, and no barrier waits
             # for a core that the host has taken away.
             faiss.omp_set_num_threads(1)
             found: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
-            found = self._index.search(encoded, count, params=parameters)
+            found = self._index.search(encoded[low:high], count, params=parameters)
             return found
 
-        pieces = in_pieces(len(queries), self._config.threads, walk)
+        pieces = in_pieces(len(queries), threads, walk)
         scores = np.concatenate([piece[0] for piece in pieces])
         labels = np.concatenate([piece[1] for piece in pieces])
         if self._codes:  # |q - x|² = 2 - 2 q·x for unit vectors
