@@ -194,7 +194,7 @@ class Daemon:
                 link = PeerLink(member.peer_address, hello, expect=member.name, limits=self._peer_limits())
                 self._links[member.name] = link
                 await supervisor.start(link, name=f"link-{member.name}")
-        local = LocalNode(self._shards, lane, config.cluster.shard_count)
+        local = LocalNode(self._shards, self._replicators, lane, config.cluster.shard_count)
         self._handlers.update(handlers(local, self._shards, self._own_status))
         await nursery.start(listener.run)
         for shard, actor in sorted(self._shards.items()):

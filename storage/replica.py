@@ -16,7 +16,7 @@ from storage.errors import DiskFullError, IndexingError, ReplicaStoppedError, St
 from storage.index import make_engine
 from storage.index.base import Engine
 from storage.lookups import Row
-from storage.records import Kind, Operation, Record, Version
+from storage.records import EMPTY, Fingerprint, Kind, Operation, Record, Version, fingerprint
 from storage.replaying import Replay
 from storage.saved_graph import SavedGraph
 from storage.space import Space, WriteRows, space_figures
@@ -119,9 +119,18 @@ class Replica:
         """The newest timestamp among records with a remembered write_id: the clock of a shard never goes back before it."""
         return self._write_ids.newest_ns
 
+    @property
+    def logged_ns(self) -> int:
+        """The last record's timestamp; 0 when it is not known."""
+        return self._log.last_timestamp_ns
+
     def read_log(self, after: int, max_bytes: int) -> bytes:
         """Whole durable records with sequence > after, at least one if there is one. Raises LogGoneError."""
         return self._log.read_after(after, max_bytes)
+
+    def fingerprint(self, sequence: int) -> Fingerprint:
+        """Of the log's record at `sequence`, at most its last; EMPTY for 0. Raises LogGoneError, DamagedError."""
+        return fingerprint(self._log.read_after(sequence - 1, 1)) if sequence else EMPTY
 
     def fresh_rows(self) -> int:
         """Rows that the graph does not have yet; they are scanned."""
