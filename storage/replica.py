@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -322,7 +323,8 @@ class Replica:
             except (DiskFullError, ReplicaStoppedError):
                 # The log has it all: closing must not fail for want of room.
                 sealed = False
-        self._close_files(seal=sealed)
+        with contextlib.suppress(OSError):  # likewise: a seal that cannot be written is left out
+            self._close_files(seal=sealed)
 
     def abort(self) -> None:
         """Closes files and writes nothing, as a crash would; what jobs have left is cleared at the next open."""
@@ -339,13 +341,12 @@ class Replica:
             self._compaction.abandon()
 
     def _close_files(self, *, seal: bool) -> None:
-        try:
-            self._log.close()
-        finally:
+        with contextlib.ExitStack() as stack:  # each of them, whatever fails
+            stack.callback(self._owner.close)
+            stack.callback(self._table.close, seal=seal)
             for space in self._spaces.values():
-                space.file.close()
-            self._table.close(seal=seal)
-            self._owner.close()
+                stack.callback(space.file.close)
+            stack.callback(self._log.close)
 
     def _recover(self, start: float) -> None:
         verified = time.monotonic()
