@@ -139,7 +139,9 @@ class Daemon:
     def _peer_limits(self) -> PeerLimits:
         limits = self._config.limits
         return PeerLimits(
-            frame_bytes=limits.peer_frame_bytes, requests_in_flight=limits.peer_requests_in_flight
+            frame_bytes=limits.peer_frame_bytes,
+            requests_in_flight=limits.peer_requests_in_flight,
+            connections=limits.peer_connections,
         )
 
     def _listener(self, hello: Hello) -> PeerListener:
