@@ -12,7 +12,7 @@ from node.peerlink import PeerGoneError, PeerLink, PeerTimeoutError, RemoteError
 from node.shard import ShardActor
 from storage import records
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError
-from storage.records import HEADER, Record, RecordError
+from storage.records import EMPTY, HEADER, Record, RecordError
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +36,7 @@ class Replicator:
         # How old our data may have been at `_heard`. Before the primary is heard we only know when we wrote last.
         self._old_ms = int(actor.idle_s() * 1000)
         self._heard = trio.current_time()
+        self._named = EMPTY  # our last record as pulls name it; the disk is asked once after a start
 
     @property
     def age_ms(self) -> int:
@@ -85,12 +86,13 @@ class Replicator:
     async def _pull(self) -> replication.Step:
         actor = self._actor
         last = actor.replica.position
-        named = actor.replica.fingerprint(last.sequence)
+        if self._named.sequence != last.sequence:
+            self._named = actor.replica.fingerprint(last.sequence)
         # Until the first answer we do not know whether we are level, so that one must not wait for news.
         wait_ms = WAIT_MS if self.state == "following" else 0
         try:
             epoch, primary_last, lag_ms, data = await self._link.call(
-                "pull", [actor.shard, named, PULL_BYTES, wait_ms, int(CALL_S * 1000)], CALL_S
+                "pull", [actor.shard, self._named, PULL_BYTES, wait_ms, int(CALL_S * 1000)], CALL_S
             )
         except RemoteError as error:
             if error.code == "diverged":
