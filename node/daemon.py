@@ -39,6 +39,8 @@ OPENING_AT_ONCE = 2
 STOP_S = 30.0
 # Peers' writes under way get this long; their pulls wait at most a second by themselves.
 PEER_GRACE_S = 2.0
+# Each shard that was recovered, or closed, earns this much more time from the service manager.
+SHARD_S = 300.0
 # What a restart of the actor cannot mend ends the process; systemd starts it again, and recovery decides.
 POLICY = RestartPolicy(fatal=(DamagedError,))
 
@@ -85,7 +87,7 @@ class Daemon:
         await listener.bind()
         notifier.status("recovering shards")
         try:
-            await self._open_shards(directory, stack)
+            await self._open_shards(directory, notifier, stack)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_on_signals)
                 nursery.start_soon(notifier.run)
@@ -98,7 +100,7 @@ class Daemon:
                     shards=len(self._shards),
                     boot=hello.boot,
                 )
-                notifier.ready()
+                notifier.ready(f"serving {len(self._shards)} shards")
                 await self._stop.wait()
                 notifier.stopping()
                 log.info("stopping", node=self._name)
@@ -110,7 +112,9 @@ class Daemon:
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                await self._close_shards()
+                # Also when it is an error that ends us: keepalives are over, and the watchdog must be, too.
+                notifier.stopping("closing shards")
+                await self._close_shards(notifier)
         log.info("stopped", node=self._name)
 
     async def _stop_on_signals(self) -> None:
@@ -135,7 +139,9 @@ class Daemon:
     def _peer_limits(self) -> PeerLimits:
         limits = self._config.limits
         return PeerLimits(
-            frame_bytes=limits.peer_frame_bytes, requests_in_flight=limits.peer_requests_in_flight
+            frame_bytes=limits.peer_frame_bytes,
+            requests_in_flight=limits.peer_requests_in_flight,
+            connections=limits.peer_connections,
         )
 
     def _listener(self, hello: Hello) -> PeerListener:
@@ -144,7 +150,7 @@ class Daemon:
         self._handlers: dict[str, Any] = {}
         return PeerListener(self._handlers, hello, listen=listen, limits=self._peer_limits(), known=known)
 
-    async def _open_shards(self, directory: DataDirectory, stack: AsyncExitStack) -> None:
+    async def _open_shards(self, directory: DataDirectory, notifier: Notifier, stack: AsyncExitStack) -> None:
         """Recovery, a few shards at a time; nothing is served before all are done."""
         limit = trio.CapacityLimiter(OPENING_AT_ONCE)
         maintenance = ThreadRunner("maintenance")
@@ -169,15 +175,20 @@ class Daemon:
                 queue_max=self._config.limits.write_queue,
             )
             log.info("recovered", shard=placement.shard, **asdict(replica.recovery))
+            notifier.extend_timeout(SHARD_S, f"recovered {len(self._shards)} of {len(self._mine)} shards")
 
         async with trio.open_nursery() as nursery:
             for placement in self._mine:
                 nursery.start_soon(open_one, placement)
 
-    async def _close_shards(self) -> None:
+    async def _close_shards(self, notifier: Notifier) -> None:
+        async def close_one(actor: ShardActor) -> None:
+            await trio.to_thread.run_sync(actor.replica.close)
+            notifier.extend_timeout(SHARD_S, f"closed shard {actor.shard}")
+
         async with trio.open_nursery() as nursery:
             for actor in self._shards.values():
-                nursery.start_soon(trio.to_thread.run_sync, actor.replica.close)
+                nursery.start_soon(close_one, actor)
 
     async def _start(
         self, nursery: trio.Nursery, hello: Hello, listener: PeerListener, stack: AsyncExitStack
@@ -194,7 +205,7 @@ class Daemon:
                 link = PeerLink(member.peer_address, hello, expect=member.name, limits=self._peer_limits())
                 self._links[member.name] = link
                 await supervisor.start(link, name=f"link-{member.name}")
-        local = LocalNode(self._shards, lane, config.cluster.shard_count)
+        local = LocalNode(self._shards, self._replicators, lane, config.cluster.shard_count)
         self._handlers.update(handlers(local, self._shards, self._own_status))
         await nursery.start(listener.run)
         for shard, actor in sorted(self._shards.items()):
