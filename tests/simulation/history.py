@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from storage.records import Version
-from tests.simulation.shards import Host, Sim
+from tests.simulation.shards import CONFIG, Host, Sim
 
 KEYS = [f"k{i}" for i in range(8)]
 CLIENTS = 6
@@ -64,6 +64,9 @@ class Client:
             return
         if self.sim.now > deadline:
             self.sim.at(self.sim.now + 0.05, self.next)
+            return
+        if self.sim.now < self.sim.quiet_until:
+            self.sim.at(self.sim.quiet_until, lambda: self.attempt(one, deadline))
             return
         host = self.sim.hosts[self.random.choice(self.sim.names)]
         leading = [one for one in self.sim.hosts.values() if one.leads and one.running]
@@ -145,7 +148,8 @@ class Nemesis:
         leader = [one for one in self.sim.hosts.values() if one.leads]
         if leader and self.random.random() < 0.4:
             host = leader[0]
-        getattr(self, self.random.choice(TROUBLES))(host)
+        (trouble,) = self.random.choices(list(TROUBLES), weights=TROUBLES.values())
+        getattr(self, trouble)(host)
 
     def crash(self, host: Host) -> None:
         if host.running:
@@ -196,6 +200,27 @@ class Nemesis:
 
         self.sim.at(self.sim.now + self.random.uniform(0.1, 0.4), strike)
 
+    def forget_lease(self, host: Host) -> None:
+        """While nobody writes, one replica loses the primary, and the other starts again: it must not help the first to become
+        primary while the old one may still acknowledge by what it had echoed before."""
+        leader = next((one for one in self.sim.hosts.values() if one.leads), None)
+        if leader is None:
+            return
+        lonely, again = self.random.sample([one for one in self.sim.hosts.values() if one is not leader], 2)
+        pair = {leader.name, lonely.name}
+        self.sim.quiet_until = self.sim.now + 0.7
+
+        def cut() -> None:
+            self.sim.network.cut = lambda a, b: {a, b} == pair
+
+        def strike() -> None:
+            if again.running:
+                again.crash()
+                self.sim.at(self.sim.now + 0.02, lambda: self.restart(again))
+
+        self.sim.at(self.sim.now + 0.1, cut)
+        self.sim.at(self.sim.now + 0.1 + CONFIG.lease_s + self.random.uniform(0.0, 0.1), strike)
+
     def heal(self, host: Host) -> None:
         self.sim.network.cut = None
         self.sim.network.loss, self.sim.network.slow = 0.0, 1.0
@@ -233,23 +258,22 @@ class Nemesis:
 
 # How often trouble follows a moment at which something was promised.
 DANGER = {"acknowledged": 0.01, "streamed": 0.005, "promised": 0.2, "opened": 0.2, "side-file-gone": 0.3}
-TROUBLES = [
-    *(
-        "crash",
-        "crash",
-        "crash",
-        "cut_link",
-        "cut_link",
-        "ambush",
-        "lose_disk",
-        "pause",
-        "isolate",
-        "isolate",
-        "heal",
-        "heal",
-    ),
-    *("weather", "fill_disk", "skew", "slow_disk", "slow_disk", "hand_over"),
-]
+# With how often each is chosen among all.
+TROUBLES = {
+    "crash": 3,
+    "lose_disk": 1,
+    "pause": 1,
+    "isolate": 2,
+    "cut_link": 2,
+    "ambush": 1,
+    "forget_lease": 2,
+    "heal": 2,
+    "weather": 1,
+    "fill_disk": 1,
+    "skew": 1,
+    "slow_disk": 2,
+    "hand_over": 1,
+}
 
 
 def run(seed: int, *, seconds: float = 60.0, count: int = 3, bugs: frozenset[str] = frozenset()) -> Result:

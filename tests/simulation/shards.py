@@ -113,6 +113,8 @@ class Sim:
         # epoch → who opened it; two are a violation, noted at once.
         self.opened: dict[int, str] = {}
         self.violations: list[str] = []
+        # Clients rest until then.
+        self.quiet_until = 0.0
         self.newest_acknowledged = 0
         # key → the greatest version of a delete that a quorum has acknowledged.
         self.deleted: dict[str, Version] = {}
