@@ -76,7 +76,6 @@ class Coordinator:
             requests.Get: self._get,
             requests.Put: self._writer.put,
             requests.Delete: self._writer.delete,
-            requests.Status: self._status,
         }
         self.counters = {"retries": 0, "partial": 0}
 
@@ -88,9 +87,6 @@ class Coordinator:
         return await self._answers[type(request)](request)
 
     # -- the ops ------------------------------------------------------------------------------------------------
-
-    async def _status(self, request: requests.Status) -> dict[str, Any]:
-        return self._cluster.status()
 
     async def _search(self, request: requests.Search) -> dict[str, Any]:
         return self._reply(await self._find(request.vector, request))
@@ -177,13 +173,14 @@ class Coordinator:
         return trio.current_time() + (timeout_ms or self._config.deadline_ms) / 1000
 
     def _candidates(self, shard: int, failed: set[tuple[str, int]]) -> list[str]:
-        """Live replicas of a shard, level ones before lagging ones, in the placement's order."""
+        """Live replicas of a shard, in the placement's order: the well and level ones, or who is left."""
         cluster = self._cluster
         names = [n for n in cluster.placement(shard).voters if (n, shard) not in failed and cluster.alive(n)]
         lag = [cluster.lag_ms(n, shard) for n in names]
         level = [n for n, ms in zip(names, lag, strict=True) if ms <= LAG_MS_MAX]
+        well = [n for n in level if not cluster.avoid(n)]
         # All lag: the freshest, and the answer says how old it may be.
-        return level or [n for n, ms in zip(names, lag, strict=True) if ms == min(lag)]
+        return well or level or [n for n, ms in zip(names, lag, strict=True) if ms == min(lag)]
 
     def _assign(
         self, shards: Sequence[int], failed: set[tuple[str, int]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -125,9 +125,11 @@ class Cluster(Protocol):
 
     def placement(self, shard: int) -> Placement: ...
 
-    def alive(self, name: str) -> bool: ...
+    def alive(self, name: str) -> bool:
+        """Whether it is worth a try."""
+
+    def avoid(self, name: str) -> bool:
+        """Whether another replica is the better choice: this one is suspected, or says that it is not well."""
 
     def lag_ms(self, name: str, shard: int) -> int:
         """How far behind a replica is; 0 when level, or when nothing is known against it."""
-
-    def status(self) -> dict[str, Any]: ...
