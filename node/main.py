@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import ipaddress
 import sys
 from importlib.metadata import version
 
@@ -14,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from node import config as configuration
 from node import logs
-from node.config import Config, ConfigError
+from node.config import Config, ConfigError, loopback
 from node.daemon import Daemon
 from node.supervisor import ActorGaveUpError
 from storage.errors import StorageError
@@ -42,7 +41,7 @@ def main() -> int:
     except ConfigError as error:
         return _fail("config", str(error), EXIT_CONFIG)
     if arguments.command == "check-config":
-        print(f"{arguments.config}: good; node {config.node.name} of {len(config.cluster.members)}")  # noqa: T201 - the command's answer
+        print(f"{arguments.config}: good; {_summary(config)}")  # noqa: T201 - the command's answer
         for warning in config.warnings:
             print(f"warning: {warning}")  # noqa: T201 - the command's answer
         return 0
@@ -50,10 +49,18 @@ def main() -> int:
     return _run(config)
 
 
+def _summary(config: Config) -> str:
+    cluster = config.cluster
+    if cluster.alone:
+        return f"node {config.node.name}, a cluster of its own"
+    how = f"formed by {cluster.bootstrap} nodes" if cluster.bootstrap else "joined only"
+    return f"node {config.node.name} of cluster {cluster.id}, {how}, {len(cluster.seeds)} seeds"
+
+
 def _run(config: Config) -> int:
     for warning in config.warnings:
         log.warning("config", warning=warning)
-    if not _loopback(config.listen.host):
+    if not loopback(config.listen.host):
         log.warning(
             "insecure",
             warning=f"listening on {config.listen.host} without TLS and tokens: everyone who reaches these ports may "
@@ -90,13 +97,6 @@ def _cause(error: BaseException) -> BaseException:
 def _fail(code: str, message: str, exit_code: int = EXIT_FAILED) -> int:
     print(f"gmco-node: error[{code}]: {message}", file=sys.stderr)  # noqa: T201 - the process's last words
     return exit_code
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":
