@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 PACKET_BYTES_MAX = 1_200
 FACT_VALUE_BYTES_MAX = 1_000
@@ -11,6 +12,9 @@ FACT_KEY_BYTES_MAX = 64
 FACT_KEYS_MAX = 64
 FACT_BYTES_MAX = 16 << 10
 HOT_BYTES_MAX = 255
+
+# auto: UDP, and TCP to those whom UDP does not reach. off: no UDP socket is opened. on: UDP, TCP for large exchanges only.
+UdpMode = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +47,7 @@ class GossipConfig:
     retry_max_s: float = 5.0
     left_keep_s: float = 3_600.0
     members_max: int = 4_096
+    udp: UdpMode = "auto"
 
     def sends(self, members: int) -> int:
         """How often one node tells one rumour, in a cluster of so many."""

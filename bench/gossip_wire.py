@@ -1,0 +1,107 @@
+"""What a gossip packet costs on its way through codec and keyring. `python -m bench.gossip_wire [--quick]`
+
+The packet is a usual one: an ack with six claims, two facts and two hot vectors on its back, about 500 bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from bench.harness import arguments, figure, interleaved
+from gossip.codec import encode, size_of
+from gossip.decoder import decode
+from gossip.keyring import Keyring
+from gossip.messages import Ack, Address, Claim, Fact, Hot, Part, State
+from gossip.replays import Replays
+
+RUNS = 7
+
+
+def us(work: Callable[[], Any], count: int) -> Callable[[], float]:
+    """Measures microseconds per call."""
+
+    def measure() -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            work()
+        return (time.perf_counter() - began) / count * 1e6
+
+    return measure
+
+
+def usual_parts() -> tuple[Part, ...]:
+    ids = [int.from_bytes(os.urandom(8), "little") | 1 for _ in range(10)]
+    claims = [
+        Claim(id, 3, n, State(n % 3), Address(f"10.0.0.{n}", 7402), ids[0]) for n, id in enumerate(ids[:6])
+    ]
+    facts = [Fact(id, 3, 400, b"zone", b"eu-west-1a") for id in ids[6:8]]
+    hots = [Hot(id, 3, 90_000, os.urandom(60)) for id in ids[8:]]
+    return (Ack(77), *claims, *facts, *hots)
+
+
+def codec(count: int) -> bytes:
+    parts = usual_parts()
+    plain = encode(5, 3, parts)
+    packed: bytes = msgpack.packb(parts)
+    target = "at most 4 times a C codec that checks nothing; 2 us a part"
+    for name, ours, peer in (
+        ("encode", us(lambda: encode(5, 3, parts), count), us(lambda: msgpack.packb(parts), count)),
+        ("decode", us(lambda: decode(plain), count), us(lambda: msgpack.unpackb(packed), count)),
+    ):
+        value, other = interleaved(ours, peer, RUNS)
+        peer_name = f"msgpack, {len(packed)} bytes; ours {len(plain)}"
+        figure(f"gossip.{name}_us", value, "us", peer=peer_name, peer_value=other, target=target, n=count)
+        figure(
+            f"gossip.{name}_part_us",
+            value / len(parts),
+            "us",
+            peer=None,
+            peer_value=None,
+            target="at most 2",
+            n=count,
+        )
+    sized, _ = interleaved(us(lambda: [size_of(part) for part in parts], count), lambda: 0.0, RUNS)
+    figure(
+        "gossip.size_of_us",
+        sized / len(parts),
+        "us",
+        peer=None,
+        peer_value=None,
+        target="at most 0.5",
+        n=count,
+    )
+    return plain
+
+
+def sealing(plain: bytes, count: int) -> None:
+    keyring = Keyring("bench", [os.urandom(32)], random_bytes=os.urandom)
+    aead, nonce, header = AESGCM(os.urandom(32)), bytes(12), bytes(19)
+    sealed, packet = aead.encrypt(nonce, plain, header), keyring.seal(plain)
+    for name, ours, peer in (
+        ("seal", lambda: keyring.seal(plain), lambda: aead.encrypt(nonce, plain, header)),
+        ("open", lambda: keyring.open(packet), lambda: aead.decrypt(nonce, sealed, header)),
+    ):
+        value, other = interleaved(us(ours, count), us(peer, count), RUNS)
+        figure(
+            f"gossip.{name}_us",
+            value,
+            "us",
+            peer="AESGCM alone",
+            peer_value=other,
+            target="at most 3 us",
+            n=count,
+        )
+    replays, counters = Replays(100), iter(range(1 << 60))
+    checked, _ = interleaved(us(lambda: replays.check(1, 1, 1, next(counters)), count), lambda: 0.0, RUNS)
+    figure("gossip.replay_us", checked, "us", peer=None, peer_value=None, target="at most 1", n=count)
+
+
+if __name__ == "__main__":
+    rounds = 2_000 if arguments("Cost of a gossip packet.").quick else 20_000
+    sealing(codec(rounds), rounds)
