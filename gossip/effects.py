@@ -6,7 +6,9 @@ from typing import Literal, NamedTuple
 
 from gossip.messages import Address, Part
 
-EventKind = Literal["joined", "suspected", "refuted", "down", "returned", "left", "moved", "restarted", "fact"]
+EventKind = Literal[
+    "joined", "suspected", "refuted", "down", "returned", "left", "moved", "restarted", "fact"
+]
 
 
 class Send(NamedTuple):

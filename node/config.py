@@ -220,7 +220,9 @@ def _check_gossip(gossip: GossipSettings) -> None:
     except ValueError as error:
         raise ConfigError(f"gossip.advertise: {error}") from error
     # Never shown: it may be a good key with one digit too many.
-    if gossip.key and not (len(gossip.key) == 64 and all(c in "0123456789abcdef" for c in gossip.key.lower())):
+    if gossip.key and not (
+        len(gossip.key) == 64 and all(c in "0123456789abcdef" for c in gossip.key.lower())
+    ):
         raise ConfigError("gossip.key: must be 64 hex digits, as `gmco keyring generate` prints them")
 
 

@@ -18,7 +18,7 @@ The hot vector, at most 255 bytes:
 
 The fingerprint ties lag bytes to the shards that they speak of: with another `shards` fact they are not read. Numbers
 are on a log scale: byte = round(8·log2(1 + x/unit)), so a step is 9% and 255 is 4·10⁹ units. Units: 1 request waiting
-for the search lane, 0.1 ms of a batch, 1 ms of lateness, 10 ms of lag (0: level; 61: 2 s; 255: over a year).
+for the search lane, 0.1 ms of a batch, 10 ms of lateness and of lag (0: level; 61: 2 s; 255: over a year).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ VALUE_BYTES_MAX = 1_000
 HOT_BYTES_MAX = 255
 LAYOUT_PIECES_MAX = 15
 SCHEMA = 1
-DEPTH_UNIT, BATCH_UNIT_MS, LATE_UNIT_MS, LAG_UNIT_MS = 1.0, 0.1, 1.0, 10.0
+# Of lateness and lag so large that what an idle node shows of them is 0.
+DEPTH_UNIT, BATCH_UNIT_MS, LATE_UNIT_MS, LAG_UNIT_MS = 1.0, 0.1, 10.0, 10.0
 _PIECE = struct.Struct("<8sB")
 _ROLE = struct.Struct("<HB")
 _HOT = struct.Struct("<BHBBBB")
@@ -174,7 +175,6 @@ class Health(IntFlag):
     DISK = 1
     DEVICE = 2
     LATE = 4
-    STOPPED = 8
 
 
 class Load(NamedTuple):
@@ -212,9 +212,7 @@ def unpack_hot(value: bytes) -> Hot | None:
     if len(value) < _HOT.size or value[0] != SCHEMA:
         return None
     _, fingerprint, queued, batch, late, health = _HOT.unpack_from(value)
-    load = Load(
-        log_value(queued, DEPTH_UNIT), log_value(batch, BATCH_UNIT_MS), log_value(late, LATE_UNIT_MS)
-    )
+    load = Load(log_value(queued, DEPTH_UNIT), log_value(batch, BATCH_UNIT_MS), log_value(late, LATE_UNIT_MS))
     return Hot(fingerprint, load, Health(health), value[_HOT.size :])
 
 

@@ -1,6 +1,6 @@
 """The bytes between nodes: frames, the hello, and what two nodes must agree on. Pure.
 
-A connection begins with MAGIC (or with GOSSIP_MAGIC, and then the rest is none of ours) and a hello frame from the node that connects; the listener answers with its
+A connection begins with MAGIC and a hello frame from the node that connects; the listener answers with its
 own hello, which carries the reason when it refuses. Then frames both ways, in any order:
 
     u32 little endian length | msgpack [type, request_id, op or code, body]
@@ -18,8 +18,6 @@ from typing import Any
 import msgpack
 
 MAGIC = b"GMCOpeer"
-# Of the same length: what begins with it on the peer port is gossip's.
-GOSSIP_MAGIC = b"GMCOgoss"
 FORMAT_MIN = 1
 FORMAT_MAX = 1
 HELLO_BYTES_MAX = 4 << 10

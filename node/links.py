@@ -18,9 +18,7 @@ LOOK_AGAIN = frozenset({"joined", "moved", "restarted", "returned", "refuted", "
 class Links:
     """Links by name. A member that leaves keeps its link, idle: it may come back, and the table of members is bounded."""
 
-    def __init__(
-        self, members: Members, hello: Hello, limits: PeerLimits, supervisor: Supervisor
-    ) -> None:
+    def __init__(self, members: Members, hello: Hello, limits: PeerLimits, supervisor: Supervisor) -> None:
         self._members = members
         self._hello, self._limits, self._supervisor = hello, limits, supervisor
         self._links: dict[str, PeerLink] = {}

@@ -11,15 +11,18 @@ import structlog
 import trio
 from threadpoolctl import threadpool_limits
 
+from gossip.errors import KeyringError
 from node import config as configuration
 from node import logs
 from node.config import Config, ConfigError, loopback
-from node.daemon import Daemon
+from node.daemon import Daemon, SupersededError
 from node.supervisor import ActorGaveUpError
 from storage.errors import StorageError
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+# Told apart, so that systemd does not start again what would take the name from the other process.
+EXIT_SUPERSEDED = 3
 
 log = structlog.get_logger(__name__)
 
@@ -73,7 +76,9 @@ def _run(config: Config) -> int:
             trio.run(Daemon(config).run)
     except BaseException as group:
         error = _cause(group)
-        if isinstance(error, (StorageError, ActorGaveUpError)):
+        if isinstance(error, SupersededError):
+            return _fail(error.code, str(error), EXIT_SUPERSEDED)
+        if isinstance(error, (StorageError, KeyringError, ActorGaveUpError)):
             return _fail(getattr(error, "code", "gave_up"), str(error))
         if isinstance(error, OSError):
             if error.errno == errno.EADDRINUSE:

@@ -38,7 +38,6 @@ class Gossip(Protocol):
     def lost_link(self, id: int) -> None: ...
     def forget(self, id: int) -> None: ...
     async def leave(self) -> None: ...
-    def statistics(self) -> dict[str, int]: ...
 
 
 class Known:
@@ -49,7 +48,6 @@ class Known:
         self.id = view.id
         self.fact = fact
         self.name = fact.name if fact is not None else f"{view.id:016x}"
-        self.address = Address(*view.address)
         self._gossip = gossip
         told = gossip.facts(view.id)
         self.view_of_cluster = told.get(facts.WAITING, b"")
@@ -65,6 +63,10 @@ class Known:
     @property
     def state(self) -> State:
         return self.view.state
+
+    @property
+    def address(self) -> Address:
+        return Address(*self.view.address)
 
     @property
     def alive(self) -> bool:
@@ -100,16 +102,24 @@ class Members:
         self.gossip = gossip
         # Called with each event after the table has been marked old.
         self.watch: list[Callable[[Event], None]] = []
+        self._by_id: dict[int, Known] = {}
         self._by_name: dict[str, Known] = {}
         self._all: list[Known] = []
         self._old = True
+        # Whose facts must be read again; parsing those of everybody at each event would cost a large cluster seconds.
+        self._changed: set[int] = set()
         self._conflicts: dict[str, tuple[int, ...]] = {}
         gossip.watch.append(self._on_event)
 
     def _on_event(self, event: Event) -> None:
         self._old = True
+        self._changed.add(event.id)
         for told in self.watch:
             told(event)
+
+    def refresh(self) -> None:
+        """Makes the next read see what comes without an event: when a member was heard last."""
+        self._old = True
 
     def get(self, name: str) -> Known | None:
         """The member of that name, ourselves included, as far as anybody has told us of one."""
@@ -135,14 +145,23 @@ class Members:
 
     def name_of(self, id: int) -> str:
         """A member's name; its id in hex when it has not said one."""
-        return next((one.name for one in self.all() if one.id == id), f"{id:016x}")
+        if self._old:
+            self._read()
+        known = self._by_id.get(id)
+        return f"{id:016x}" if known is None else known.name
 
     def _read(self) -> None:
         self._old = False
-        self._all = []
+        before, self._by_id = self._by_id, {}
         for view in self.gossip.members():
-            fact = self.own if view.id == self.own_id else _fact(self.gossip.facts(view.id), view.id)
-            self._all.append(Known(self.gossip, view, fact))
+            known = before.get(view.id)
+            if known is None or view.id in self._changed or known.view.boot != view.boot:
+                fact = self.own if view.id == self.own_id else _fact(self.gossip.facts(view.id), view.id)
+                known = Known(self.gossip, view, fact)
+            known.view = view
+            self._by_id[view.id] = known
+        self._changed.clear()
+        self._all = list(self._by_id.values())
         self._all.sort(key=lambda one: (one.name, not one.alive, one.id))
         self._by_name = {}
         claimed: dict[str, list[int]] = {}

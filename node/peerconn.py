@@ -18,16 +18,11 @@ from typing import Any
 import msgpack
 import trio
 
-from node.frames import (
-    GOSSIP_MAGIC,
-    HEADER,
-    HEARTBEAT,
-    HELLO_BYTES_MAX,
-    MAGIC,
-    FrameParser,
-    ProtocolError,
-    unpack_message,
-)
+from gossip.agent import MAGIC as GOSSIP_MAGIC
+from node.frames import HEADER, HEARTBEAT, HELLO_BYTES_MAX, MAGIC, FrameParser, ProtocolError, unpack_message
+
+# One listener serves both, and tells them apart by their first bytes.
+assert len(MAGIC) == len(GOSSIP_MAGIC)
 
 RECEIVE_BYTES = 64 << 10
 # While a big frame arrives, larger reads save wake-ups.

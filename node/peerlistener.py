@@ -19,10 +19,10 @@ import outcome
 import structlog
 import trio
 
+from gossip.agent import MAGIC as GOSSIP_MAGIC
 from node.config import Address
 from node.frames import (
     ERROR,
-    GOSSIP_MAGIC,
     MAGIC,
     REPLY,
     REQUEST,

@@ -78,9 +78,7 @@ class Layout:
 def layout_from(canonical: bytes) -> Layout:
     """The layout of these canonical bytes. Raises LayoutError."""
     try:
-        form, version, shard_count, replication, members = msgpack.unpackb(canonical)
-        if form != 1:
-            raise LayoutError(f"a layout of form {form}; this build knows 1")
+        _form, version, shard_count, replication, members = msgpack.unpackb(canonical)
         layout = Layout(
             version=int(version),
             shard_count=int(shard_count),
@@ -90,13 +88,12 @@ def layout_from(canonical: bytes) -> Layout:
                 for name, region, zone, host, capacity in members
             ),
         )
+        # Another form than 1, too, has other bytes.
         if layout.canonical == canonical:
             return layout
-    except LayoutError:
-        raise
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise LayoutError(f"not the bytes of a layout: {error}") from error
-    raise LayoutError("not the canonical bytes of a layout")
+    raise LayoutError("not the canonical bytes of a layout that this build knows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

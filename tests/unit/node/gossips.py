@@ -81,6 +81,3 @@ class FakeGossip:
 
     async def leave(self) -> None:
         self.forget(self.id)
-
-    def statistics(self) -> dict[str, int]:
-        return {}

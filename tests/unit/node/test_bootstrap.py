@@ -23,7 +23,9 @@ def fact(name: str, **changes: Any) -> Any:
     return msgspec.structs.replace(FACT, name=name, **changes)
 
 
-def seen(name: str, view: str = "", *, alive: bool = True, layout: Layout | None = None, **changes: Any) -> Seen:
+def seen(
+    name: str, view: str = "", *, alive: bool = True, layout: Layout | None = None, **changes: Any
+) -> Seen:
     return Seen(
         alive=alive, fact=fact(name, **changes), layout=layout, view=view_of(view.split()) if view else b""
     )
