@@ -184,10 +184,9 @@ class Agent:
         """The one timer. What has arrived is handled before a timer that comes late: after a stall the answers that wait in
         the sockets are evidence, and the machine must have them before it concludes that none came."""
         while True:
-            deadline = self._core.next_deadline
-            with trio.CancelScope(deadline=deadline) as self._timer:
+            with trio.CancelScope(deadline=self._core.next_deadline) as self._timer:
                 await trio.sleep_forever()
-            if trio.current_time() - deadline > self.config.late_s:
+            if trio.current_time() - self._core.next_deadline > self.config.late_s:
                 # Streams are read by their own tasks, which are awake by now.
                 await trio.lowlevel.checkpoint()
                 await trio.lowlevel.checkpoint()
@@ -331,7 +330,7 @@ class Agent:
         """An operator says that a down member will not come back."""
         self._apply(self._core.forget(id, trio.current_time()))
 
-    def keys(self) -> list[KeyView]:
+    def list_keys(self) -> list[KeyView]:
         return self._keyring.view()
 
     async def install_key(self, secret: bytes) -> str:

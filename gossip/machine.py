@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
-from gossip.config import GossipConfig
-from gossip.effects import Effect
-from gossip.messages import Address, Part, State
+from gossip.buckets import ItemTable, Ref
+from gossip.codec import size_of
+from gossip.config import PACKET_BYTES_MAX, GossipConfig
+from gossip.effects import Effect, Event, Send
+from gossip.facts import Facts
+from gossip.membership import Me, Member, Membership
+from gossip.messages import (
+    Ack,
+    Address,
+    Buckets,
+    Claim,
+    Digest,
+    Fact,
+    Hot,
+    Join,
+    Nack,
+    Part,
+    Ping,
+    PingReq,
+    Root,
+    State,
+    Want,
+)
+from gossip.probing import Prober
+from gossip.rumours import Budget, Rumours
+from gossip.timers import Timers
+
+# What the envelope and the head of a packet take of PACKET_BYTES_MAX, and some room for longer varints.
+OVERHEAD_BYTES = 56
+ROOM_BYTES = PACKET_BYTES_MAX - OVERHEAD_BYTES
+# News that ride on pings and answers take no more than this.
+RIDE_BYTES = 400
+# Beyond so many packets an exchange goes over TCP.
+PACKETS_MAX = 4
+TELL_EVERY_S = 0.5
+# So many members hear a good-bye directly; the others by rumour.
+GOODBYES_MAX = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +65,396 @@ class Machine:
 
     def __init__(
         self, config: GossipConfig, *, id: int, boot: int, address: Address, random: Random, now: float
-    ) -> None: ...
+    ) -> None:
+        self._config, self._random = config, random
+        self._me = Me(id, boot, address)
+        self._out: list[Effect] = []
+        self._timers = Timers()
+        self._items = ItemTable()
+        self._facts = Facts(id, boot, self._items, origins_max=config.members_max)
+        self._claims, self._cold, self._hot = Rumours(), Rumours(), Rumours()
+        self._prober = Prober(config, self._me, timers=self._timers, random=random, send=self._send)
+        self._table = Membership(
+            config,
+            self._me,
+            items=self._items,
+            facts=self._facts,
+            rumours=self._claims,
+            timers=self._timers,
+            out=self._out,
+            burst=self._prober.burst,
+            tell=self._tell,
+        )
+        self._cold_budget = Budget(config.cold_bytes_per_s, now)
+        self._hot_budget = Budget(config.hot_bytes_per_s, now)
+        self._seeds: list[Address] = []
+        # Who answered at a seed's address: while it lives, the seed needs no trying.
+        self._behind_seed: dict[Address, int] = {}
+        self._retry_s = config.retry_min_s
+        self._tries = 0
+        self._telling = False
+        self._told_at = now - config.rumour_s
+        self._sends = 1
+        self._started = now
+        self._counters = {"packets_in": 0, "packets_out": 0, "streams_out": 0, "repairs": 0, "repaired": 0}
+        self._on: dict[type, Callable[[Any, Address, int, float], None]] = {
+            Ping: self._on_ping,
+            Ack: lambda part, source, sender, now: self._prober.on_ack(part, sender, now),
+            PingReq: lambda part, source, sender, now: self._prober.on_ping_req(part, source, now),
+            Nack: lambda part, source, sender, now: self._prober.on_nack(part),
+            Claim: lambda part, source, sender, now: self._table.on_claim(part, now),
+            Fact: self._on_fact,
+            Hot: self._on_hot,
+            Root: self._on_root,
+            Buckets: self._on_buckets,
+            Digest: self._on_digest,
+            Want: self._on_want,
+            Join: self._on_join,
+        }
+
+    # -- events ---------------------------------------------------------------------------------------------------
 
     @property
     def next_deadline(self) -> float:
         """When `on_timer` wants to be called; infinity: never."""
+        return self._timers.next_deadline
 
-    def start(self, seeds: Sequence[Address], now: float) -> list[Effect]: ...
-    def set_seeds(self, seeds: Sequence[Address]) -> None: ...
-    def on_timer(self, now: float) -> list[Effect]: ...
+    def start(self, seeds: Sequence[Address], now: float) -> list[Effect]:
+        self._prober.start(self._table, now)
+        self.set_seeds(seeds)
+        self._timers.at(now + self._random.random() * self._config.repair_s, self._repair)
+        self._timers.at(now + self._config.retry_min_s, self._retry)
+        for seed in self._open_seeds()[:3]:
+            self._send(seed, self._join_parts(), True, now)
+        return self._effects(now)
+
+    def set_seeds(self, seeds: Sequence[Address]) -> None:
+        self._seeds = list(dict.fromkeys(seeds))
+        self._random.shuffle(self._seeds)
+        self._behind_seed = {seed: id for seed, id in self._behind_seed.items() if seed in self._seeds}
+
+    def on_timer(self, now: float) -> list[Effect]:
+        if now - self._timers.next_deadline > self._config.late_s:
+            self._prober.doubt_ourselves(now)
+            self._table.doubt_ourselves(now)
+        self._timers.run(now)
+        return self._effects(now)
+
     def on_packet(
         self, sender: int, boot: int, source: Address, parts: Sequence[Part], now: float
-    ) -> list[Effect]: ...
+    ) -> list[Effect]:
+        self._counters["packets_in"] += 1
+        if sender == self._me.id:
+            if boot == self._me.boot:
+                self._note_seed(source, sender)  # a seed that is ourselves
+                return []
+        else:
+            self._note_seed(source, sender)
+            self._hear(sender, boot, now)
+        on = self._on
+        for part in parts:
+            on[type(part)](part, source, sender, now)
+        return self._effects(now)
+
+    def _note_seed(self, source: Address, id: int) -> None:
+        if source in self._seeds:
+            self._behind_seed[source] = id
+
+    def _hear(self, sender: int, boot: int, now: float) -> None:
+        member = self._table.members.get(sender)
+        if member is None or member.boot != boot:
+            return
+        member.heard_at = now
+        if member.state in (State.DOWN, State.LEFT) or member.suspicion is not None:
+            self._tell(member, now)
+
     def on_stream_failed(self, address: Address, refused: bool, now: float) -> list[Effect]:
         """A stream to `address` could not be had; `refused`: its host says that nobody listens there."""
+        self._prober.on_stream_failed(address, refused, now)
+        return self._effects(now)
 
     def on_link_lost(self, id: int, now: float) -> list[Effect]:
         """A connection to that member was reset: find out at once."""
+        member = self._table.members.get(id)
+        if member is not None and member.state in (State.ALIVE, State.SUSPECT):
+            self._prober.burst(member, now)
+        return self._effects(now)
 
-    def set_fact(self, key: bytes, value: bytes, now: float) -> list[Effect]: ...
-    def set_hot(self, value: bytes, now: float) -> list[Effect]: ...
-    def set_address(self, address: Address, now: float) -> list[Effect]: ...
+    def set_fact(self, key: bytes, value: bytes, now: float) -> list[Effect]:
+        """Say something of ourselves to everybody. Raises FactError when it is over a bound."""
+        fact = self._facts.set(key, value)
+        if fact is not None:
+            self._cold.put((fact.origin, key), fact)
+        return self._effects(now)
+
+    def set_hot(self, value: bytes, now: float) -> list[Effect]:
+        """Our vector of fast-changing numbers. Raises FactError."""
+        hot = self._facts.set_hot(value)
+        if hot is not None:
+            self._hot.put(hot.origin, hot)
+        return self._effects(now)
+
+    def set_address(self, address: Address, now: float) -> list[Effect]:
+        if address != self._me.address:
+            self._table.publish_address(address)
+        return self._effects(now)
+
     def leave(self, now: float) -> list[Effect]:
         """Say good-bye to all; the process may end a moment later."""
+        if not self._me.leaving:
+            self._table.leave()
+            for member in self._prober.pick(GOODBYES_MAX):
+                self._send(member.address, [self._me.claim()], False, now)
+        return self._effects(now)
 
     def forget(self, id: int, now: float) -> list[Effect]:
         """An operator says that a down member will not come back. If it lives it refutes that."""
+        member = self._table.members.get(id)
+        if member is not None and member.state is State.DOWN:
+            claim = member.claim(self._me.id)._replace(state=State.LEFT)
+            self._table.on_claim(claim, now)
+        return self._effects(now)
+
+    # -- what comes in --------------------------------------------------------------------------------------------
+
+    def _on_ping(self, part: Ping, source: Address, sender: int, now: float) -> None:
+        self._prober.on_ping(part, source, self._table.members.get(sender), now)
+
+    def _on_fact(self, part: Fact, source: Address, sender: int, now: float) -> None:
+        if self._facts.merge(part):
+            self._cold.put((part.origin, part.key), part)
+            self._out.append(Event("fact", part.origin, now, part.boot, 0, key=part.key))
+
+    def _on_hot(self, part: Hot, source: Address, sender: int, now: float) -> None:
+        if self._facts.merge_hot(part):
+            self._hot.put(part.origin, part)
+
+    # -- sending --------------------------------------------------------------------------------------------------
+
+    def _send(self, address: Address, parts: list[Part], stream: bool, now: float) -> None:
+        if stream:
+            self._counters["streams_out"] += 1
+        else:
+            self._counters["packets_out"] += 1
+            if self._claims:
+                self._claims.take(parts, RIDE_BYTES, self._sends)
+        self._out.append(Send(address, tuple(parts), stream))
+
+    def _effects(self, now: float) -> list[Effect]:
+        """What this event brought, and the rumour timer set when there is something to tell."""
+        if not self._telling and (self._claims or self._cold or self._hot):
+            self._telling = True
+            # At once if nothing was told lately: news need not wait for a beat.
+            self._timers.at(max(now, self._told_at + self._config.rumour_s), self._tell_rumours)
+        effects = self._out[:]
+        self._out.clear()
+        return effects
+
+    def _tell_rumours(self, now: float) -> None:
+        config = self._config
+        self._told_at = now
+        self._sends = config.sends(len(self._table.ring))
+        targets = self._prober.pick(config.fanout)
+        for member in targets:
+            parts: list[Part] = []
+            used = self._claims.take(parts, ROOM_BYTES, self._sends) if self._claims else 0
+            if self._cold:
+                # Cold facts leave half of what is left to the hot ones, if there are any.
+                room = (ROOM_BYTES - used) // 2 if self._hot else ROOM_BYTES - used
+                cold = self._cold.take(parts, min(room, self._cold_budget.left(now)), self._sends)
+                self._cold_budget.spend(cold)
+                used += cold
+            if self._hot:
+                room = min(ROOM_BYTES - used, self._hot_budget.left(now))
+                self._hot_budget.spend(self._hot.take(parts, room, config.hot_sends))
+            if parts:
+                self._counters["packets_out"] += 1
+                self._out.append(Send(member.address, tuple(parts)))
+        # Without anybody to tell, news wait until somebody is there.
+        self._telling = bool(self._claims or self._cold or self._hot)
+        if self._telling:
+            self._timers.at(now + config.rumour_s, self._tell_rumours)
+
+    def _tell(self, member: Member, now: float) -> None:
+        """What is said of it, to the member itself, which alone can put it right."""
+        if now - member.told_at < TELL_EVERY_S:
+            return
+        member.told_at = now
+        claim = member.claim(self._me.id)
+        if member.state is State.ALIVE:
+            # We have just cleared it; others may still suspect it.
+            claim = claim._replace(state=State.SUSPECT)
+        self._send(member.address, [claim], False, now)
+
+    def _send_all(self, address: Address, parts: list[Part], now: float) -> None:
+        """In a few packets or, when they are too many, over TCP."""
+        packets: list[list[Part]] = []
+        room = 0
+        for part in parts:
+            size = size_of(part)
+            if size > room:
+                packets.append([])
+                room = ROOM_BYTES
+            packets[-1].append(part)
+            room -= size
+        if len(packets) > PACKETS_MAX:
+            self._counters["streams_out"] += 1
+            self._out.append(Send(address, tuple(parts), True))
+            return
+        for packet in packets:
+            self._counters["packets_out"] += 1
+            self._out.append(Send(address, tuple(packet)))
+
+    # -- joining, and those who are away ------------------------------------------------------------------------
+
+    def _join_parts(self) -> list[Part]:
+        mine = [self._facts.part(ref) for ref in self._items.everything() if ref.origin == self._me.id]
+        return [self._me.claim(), *(part for part in mine if part is not None), Join()]
+
+    def _on_join(self, part: Join, source: Address, sender: int, now: float) -> None:
+        self._send_all(source, self._parts(self._items.everything()), now)
+
+    def _parts(self, refs: Sequence[Ref]) -> list[Part]:
+        """Claims first: a fact is of no use before its origin is known."""
+        claims: list[Part] = []
+        facts: list[Part] = []
+        for ref in refs:
+            if ref.kind != "c":
+                part = self._facts.part(ref)
+                if part is not None:
+                    facts.append(part)
+            elif ref.origin == self._me.id:
+                claims.append(self._me.claim())
+            else:
+                member = self._table.members.get(ref.origin)
+                if member is not None:
+                    claim = member.claim(self._me.id)
+                    # Suspicion spreads by rumour alone, under its accuser's name.
+                    claims.append(claim._replace(state=State.ALIVE) if claim.state is State.SUSPECT else claim)
+        return claims + facts
+
+    def _open_seeds(self) -> list[Address]:
+        """Seeds at whose addresses nobody is known to be alive."""
+        if not self._seeds:
+            return []
+        taken = {self._me.address}
+        for id in self._table.ring:
+            member = self._table.members.get(id)
+            if member is not None:
+                taken.add(member.address)
+        ring = set(self._table.ring)
+        return [
+            seed for seed in self._seeds if seed not in taken and self._behind_seed.get(seed) not in ring
+        ]
+
+    def _retry(self, now: float) -> None:
+        """One of the down or of the seeds; every other time over TCP, in case UDP does not get through."""
+        config = self._config
+        if self._me.leaving:
+            return
+        down = list(self._table.down.values())
+        away: list[Member | Address] = [*down, *self._open_seeds()]
+        if not away:
+            self._retry_s = config.retry_min_s
+            self._timers.at(now + self._retry_s, self._retry)
+            return
+        self._tries += 1
+        for chosen in self._random.sample(away, min(len(away), 2 if len(self._table.ring) == 1 else 1)):
+            self._try(chosen, now)
+        self._timers.at(now + self._retry_s * (0.75 + self._random.random() / 2), self._retry)
+        self._retry_s = min(self._retry_s * 1.25, config.retry_max_s)
+
+    def _try(self, chosen: Member | Address, now: float) -> None:
+        if isinstance(chosen, Member):
+            if self._tries % 2:
+                self._send(chosen.address, [Ping(0, chosen.id, 0), self._me.claim(), chosen.claim(self._me.id)], False, now)
+            else:
+                self._send(chosen.address, [self._me.claim(), chosen.claim(self._me.id), Root(self._items.root())], True, now)
+        elif self._tries % 2:
+            self._send(chosen, [Ping(0, 0, 0), self._me.claim(), Root(self._items.root())], False, now)
+        else:
+            self._send(chosen, self._join_parts(), True, now)
+
+    # -- repair ---------------------------------------------------------------------------------------------------
+
+    def _repair(self, now: float) -> None:
+        self._timers.at(now + self._config.repair_s * (0.75 + self._random.random() / 2), self._repair)
+        if self._me.leaving:
+            return
+        for member in self._prober.pick(1, alive_only=True):
+            self._counters["repairs"] += 1
+            self._send(member.address, [Root(self._items.root())], False, now)
+
+    def _on_root(self, part: Root, source: Address, sender: int, now: float) -> None:
+        if part.hash != self._items.root():
+            self._send(source, [Buckets(self._items.hashes())], False, now)
+
+    def _on_buckets(self, part: Buckets, source: Address, sender: int, now: float) -> None:
+        mask = self._items.differing(part.hashes)
+        if mask:
+            self._send_digest(source, mask, now)
+
+    def _send_digest(self, source: Address, mask: int, now: float) -> None:
+        """In pieces of whole buckets that fit a packet each, so that each can be compared by itself."""
+        digests: list[Part] = []
+        piece, items, size = 0, [], 0
+        for bucket in range(64):
+            if not mask >> bucket & 1:
+                continue
+            more = self._items.digest(1 << bucket)
+            grown = size_of(Digest(mask, tuple(more)))
+            if piece and size + grown > ROOM_BYTES:
+                digests.append(Digest(piece, tuple(items)))
+                piece, items, size = 0, [], 0
+            piece |= 1 << bucket
+            items += more
+            size += grown
+        digests.append(Digest(piece, tuple(items)))
+        self._send_all(source, digests, now)
+
+    def _on_digest(self, part: Digest, source: Address, sender: int, now: float) -> None:
+        newer, wanted = self._items.compare(part.mask, part.items)
+        parts: list[Part] = self._parts(newer)
+        parts += [Want(tuple(wanted[i : i + 100])) for i in range(0, len(wanted), 100)]
+        if parts:
+            self._counters["repaired"] += len(newer)
+            self._send_all(source, parts, now)
+
+    def _on_want(self, part: Want, source: Address, sender: int, now: float) -> None:
+        self._send_all(source, self._parts(self._items.refs(part.items)), now)
+
+    # -- reading --------------------------------------------------------------------------------------------------
 
     def members(self) -> list[MemberView]:
         """All but those who left, this node included, by id."""
+        me = self._me
+        mine = MemberView(me.id, me.boot, me.incarnation, State.ALIVE, me.address, self._started, None, None)
+        others = [
+            MemberView(m.id, m.boot, m.incarnation, m.state, m.address, m.since, m.heard_at, m.rtt_s)
+            for m in self._table.members.values()
+            if m.state is not State.LEFT
+        ]
+        return sorted([mine, *others], key=lambda view: view.id)
 
-    def facts(self, id: int) -> Mapping[bytes, bytes]: ...
-    def hot(self, id: int) -> bytes: ...
-    def statistics(self) -> dict[str, int]: ...
+    def member_state(self, id: int) -> State | None:
+        member = self._table.members.get(id)
+        return member.state if member is not None else None
+
+    def facts(self, id: int) -> Mapping[bytes, bytes]:
+        return self._facts.view(id)
+
+    def hot(self, id: int) -> bytes:
+        return self._facts.hot(id)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the start, and sizes."""
+        return {
+            **self._counters,
+            **self._prober.counters,
+            "members": len(self._table.ring),
+            "down": len(self._table.down),
+            "health": self._me.health,
+            "incarnation": self._me.incarnation,
+            "rumours": len(self._claims) + len(self._cold) + len(self._hot),
+            "refused": self._table.refused + self._facts.refused,
+        }

@@ -215,7 +215,7 @@ class Streams:
                 await exchange.run(stream)
         finally:
             exchange.stop("idle")
-            del self._in[exchange.address]
+            self._in.pop(exchange.address, None)
             self._count(exchange)
             done.set()
             await trio.aclose_forcefully(stream)
@@ -228,6 +228,7 @@ class Streams:
             if not exchange.proven and not exchange.end:
                 exchange.stop("idle")
                 exchange.scope.cancel()
+                del self._in[exchange.address]
                 self._pushed_out += 1
                 return True
         return False
