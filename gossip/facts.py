@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gossip.buckets import ItemTable, Ref, item_of
-from gossip.config import FACT_BYTES_MAX, FACT_KEY_BYTES_MAX, FACT_KEYS_MAX, FACT_VALUE_BYTES_MAX, HOT_BYTES_MAX
+from gossip.config import (
+    FACT_BYTES_MAX,
+    FACT_KEY_BYTES_MAX,
+    FACT_KEYS_MAX,
+    FACT_VALUE_BYTES_MAX,
+    HOT_BYTES_MAX,
+)
 from gossip.messages import Fact, Hot
 
 
@@ -26,7 +32,7 @@ class _Origin:
     boot: int
     # key → (counter, value); a removed key has an empty value.
     entries: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)
-    bytes: int = 0
+    size: int = 0
     hot: tuple[int, bytes] | None = None
     # Made on demand and kept while the entries stay the same.
     view: Mapping[bytes, bytes] | None = None
@@ -50,7 +56,9 @@ class Facts:
         if old[1] == value:
             return None
         if not 1 <= len(key) <= FACT_KEY_BYTES_MAX or len(value) > FACT_VALUE_BYTES_MAX:
-            raise FactError(f"a fact has a key of 1 to {FACT_KEY_BYTES_MAX} and at most {FACT_VALUE_BYTES_MAX} bytes")
+            raise FactError(
+                f"a fact has a key of 1 to {FACT_KEY_BYTES_MAX} and at most {FACT_VALUE_BYTES_MAX} bytes"
+            )
         if not self._fits(mine, key, value):
             raise FactError(f"a node has at most {FACT_KEYS_MAX} facts of {FACT_BYTES_MAX} bytes together")
         self._counter += 1
@@ -150,17 +158,19 @@ class Facts:
         for key in origin.entries:
             self._items.drop(item_of(Ref("f", id, key)), "f")
         self._items.drop(item_of(Ref("h", id)), "h")
-        origin.boot, origin.bytes, origin.hot, origin.view = boot, 0, None, None
+        origin.boot, origin.size, origin.hot, origin.view = boot, 0, None, None
         origin.entries.clear()
 
     def _fits(self, origin: _Origin, key: bytes, value: bytes) -> bool:
         old = origin.entries.get(key)
         grows = len(value) - len(old[1]) if old else len(key) + len(value)
-        return origin.bytes + grows <= FACT_BYTES_MAX and (old is not None or len(origin.entries) < FACT_KEYS_MAX)
+        return origin.size + grows <= FACT_BYTES_MAX and (
+            old is not None or len(origin.entries) < FACT_KEYS_MAX
+        )
 
     def _store(self, origin: _Origin, fact: Fact) -> None:
         old = origin.entries.get(fact.key)
-        origin.bytes += len(fact.value) - len(old[1]) if old else len(fact.key) + len(fact.value)
+        origin.size += len(fact.value) - len(old[1]) if old else len(fact.key) + len(fact.value)
         origin.entries[fact.key] = (fact.counter, fact.value)
         origin.view = None
         ref = Ref("f", fact.origin, fact.key)

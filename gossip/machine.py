@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from gossip.buckets import ItemTable, Ref
-from gossip.codec import size_of
-from gossip.config import PACKET_BYTES_MAX, GossipConfig
+from gossip.buckets import ItemTable
+from gossip.codec import PARTS_BYTES_MAX, size_of
+from gossip.config import GossipConfig
 from gossip.effects import Effect, Event, Send
 from gossip.facts import Facts
 from gossip.membership import Me, Member, Membership
@@ -31,16 +31,12 @@ from gossip.messages import (
     Want,
 )
 from gossip.probing import Prober
+from gossip.repair import Repair
 from gossip.rumours import Budget, Rumours
 from gossip.timers import Timers
 
-# What the envelope and the head of a packet take of PACKET_BYTES_MAX, and some room for longer varints.
-OVERHEAD_BYTES = 56
-ROOM_BYTES = PACKET_BYTES_MAX - OVERHEAD_BYTES
 # News that ride on pings and answers take no more than this.
 RIDE_BYTES = 400
-# Beyond so many packets an exchange goes over TCP.
-PACKETS_MAX = 4
 TELL_EVERY_S = 0.5
 # So many members hear a good-bye directly; the others by rumour.
 GOODBYES_MAX = 128
@@ -85,6 +81,17 @@ class Machine:
             burst=self._prober.burst,
             tell=self._tell,
         )
+        self._repair = Repair(
+            config,
+            self._me,
+            items=self._items,
+            facts=self._facts,
+            table=self._table,
+            timers=self._timers,
+            random=random,
+            pick=self._prober.pick,
+            send=self._send,
+        )
         self._cold_budget = Budget(config.cold_bytes_per_s, now)
         self._hot_budget = Budget(config.hot_bytes_per_s, now)
         self._seeds: list[Address] = []
@@ -96,7 +103,7 @@ class Machine:
         self._told_at = now - config.rumour_s
         self._sends = 1
         self._started = now
-        self._counters = {"packets_in": 0, "packets_out": 0, "streams_out": 0, "repairs": 0, "repaired": 0}
+        self._counters = {"packets_in": 0, "packets_out": 0, "streams_out": 0}
         self._on: dict[type, Callable[[Any, Address, int, float], None]] = {
             Ping: self._on_ping,
             Ack: lambda part, source, sender, now: self._prober.on_ack(part, sender, now),
@@ -105,11 +112,11 @@ class Machine:
             Claim: lambda part, source, sender, now: self._table.on_claim(part, now),
             Fact: self._on_fact,
             Hot: self._on_hot,
-            Root: self._on_root,
-            Buckets: self._on_buckets,
-            Digest: self._on_digest,
-            Want: self._on_want,
-            Join: self._on_join,
+            Root: self._repair.on_root,
+            Buckets: self._repair.on_buckets,
+            Digest: self._repair.on_digest,
+            Want: self._repair.on_want,
+            Join: self._repair.on_join,
         }
 
     # -- events ---------------------------------------------------------------------------------------------------
@@ -122,7 +129,7 @@ class Machine:
     def start(self, seeds: Sequence[Address], now: float) -> list[Effect]:
         self._prober.start(self._table, now)
         self.set_seeds(seeds)
-        self._timers.at(now + self._random.random() * self._config.repair_s, self._repair)
+        self._repair.start(now)
         self._timers.at(now + self._config.retry_min_s, self._retry)
         for seed in self._open_seeds()[:3]:
             self._send(seed, self._join_parts(), True, now)
@@ -237,7 +244,8 @@ class Machine:
         else:
             self._counters["packets_out"] += 1
             if self._claims:
-                self._claims.take(parts, RIDE_BYTES, self._sends)
+                room = PARTS_BYTES_MAX - sum(map(size_of, parts))
+                self._claims.take(parts, min(room, RIDE_BYTES), self._sends)
         self._out.append(Send(address, tuple(parts), stream))
 
     def _effects(self, now: float) -> list[Effect]:
@@ -257,15 +265,15 @@ class Machine:
         targets = self._prober.pick(config.fanout)
         for member in targets:
             parts: list[Part] = []
-            used = self._claims.take(parts, ROOM_BYTES, self._sends) if self._claims else 0
+            used = self._claims.take(parts, PARTS_BYTES_MAX, self._sends) if self._claims else 0
             if self._cold:
                 # Cold facts leave half of what is left to the hot ones, if there are any.
-                room = (ROOM_BYTES - used) // 2 if self._hot else ROOM_BYTES - used
+                room = (PARTS_BYTES_MAX - used) // 2 if self._hot else PARTS_BYTES_MAX - used
                 cold = self._cold.take(parts, min(room, self._cold_budget.left(now)), self._sends)
                 self._cold_budget.spend(cold)
                 used += cold
             if self._hot:
-                room = min(ROOM_BYTES - used, self._hot_budget.left(now))
+                room = min(PARTS_BYTES_MAX - used, self._hot_budget.left(now))
                 self._hot_budget.spend(self._hot.take(parts, room, config.hot_sends))
             if parts:
                 self._counters["packets_out"] += 1
@@ -286,52 +294,10 @@ class Machine:
             claim = claim._replace(state=State.SUSPECT)
         self._send(member.address, [claim], False, now)
 
-    def _send_all(self, address: Address, parts: list[Part], now: float) -> None:
-        """In a few packets or, when they are too many, over TCP."""
-        packets: list[list[Part]] = []
-        room = 0
-        for part in parts:
-            size = size_of(part)
-            if size > room:
-                packets.append([])
-                room = ROOM_BYTES
-            packets[-1].append(part)
-            room -= size
-        if len(packets) > PACKETS_MAX:
-            self._counters["streams_out"] += 1
-            self._out.append(Send(address, tuple(parts), True))
-            return
-        for packet in packets:
-            self._counters["packets_out"] += 1
-            self._out.append(Send(address, tuple(packet)))
-
     # -- joining, and those who are away ------------------------------------------------------------------------
 
     def _join_parts(self) -> list[Part]:
-        mine = [self._facts.part(ref) for ref in self._items.everything() if ref.origin == self._me.id]
-        return [self._me.claim(), *(part for part in mine if part is not None), Join()]
-
-    def _on_join(self, part: Join, source: Address, sender: int, now: float) -> None:
-        self._send_all(source, self._parts(self._items.everything()), now)
-
-    def _parts(self, refs: Sequence[Ref]) -> list[Part]:
-        """Claims first: a fact is of no use before its origin is known."""
-        claims: list[Part] = []
-        facts: list[Part] = []
-        for ref in refs:
-            if ref.kind != "c":
-                part = self._facts.part(ref)
-                if part is not None:
-                    facts.append(part)
-            elif ref.origin == self._me.id:
-                claims.append(self._me.claim())
-            else:
-                member = self._table.members.get(ref.origin)
-                if member is not None:
-                    claim = member.claim(self._me.id)
-                    # Suspicion spreads by rumour alone, under its accuser's name.
-                    claims.append(claim._replace(state=State.ALIVE) if claim.state is State.SUSPECT else claim)
-        return claims + facts
+        return [*self._repair.own_parts(), Join()]
 
     def _open_seeds(self) -> list[Address]:
         """Seeds at whose addresses nobody is known to be alive."""
@@ -343,9 +309,7 @@ class Machine:
             if member is not None:
                 taken.add(member.address)
         ring = set(self._table.ring)
-        return [
-            seed for seed in self._seeds if seed not in taken and self._behind_seed.get(seed) not in ring
-        ]
+        return [seed for seed in self._seeds if seed not in taken and self._behind_seed.get(seed) not in ring]
 
     def _retry(self, now: float) -> None:
         """One of the down or of the seeds; every other time over TCP, in case UDP does not get through."""
@@ -367,61 +331,23 @@ class Machine:
     def _try(self, chosen: Member | Address, now: float) -> None:
         if isinstance(chosen, Member):
             if self._tries % 2:
-                self._send(chosen.address, [Ping(0, chosen.id, 0), self._me.claim(), chosen.claim(self._me.id)], False, now)
+                self._send(
+                    chosen.address,
+                    [Ping(0, chosen.id, 0), self._me.claim(), chosen.claim(self._me.id)],
+                    False,
+                    now,
+                )
             else:
-                self._send(chosen.address, [self._me.claim(), chosen.claim(self._me.id), Root(self._items.root())], True, now)
+                self._send(
+                    chosen.address,
+                    [self._me.claim(), chosen.claim(self._me.id), self._repair.root()],
+                    True,
+                    now,
+                )
         elif self._tries % 2:
-            self._send(chosen, [Ping(0, 0, 0), self._me.claim(), Root(self._items.root())], False, now)
+            self._send(chosen, [Ping(0, 0, 0), self._me.claim(), self._repair.root()], False, now)
         else:
             self._send(chosen, self._join_parts(), True, now)
-
-    # -- repair ---------------------------------------------------------------------------------------------------
-
-    def _repair(self, now: float) -> None:
-        self._timers.at(now + self._config.repair_s * (0.75 + self._random.random() / 2), self._repair)
-        if self._me.leaving:
-            return
-        for member in self._prober.pick(1, alive_only=True):
-            self._counters["repairs"] += 1
-            self._send(member.address, [Root(self._items.root())], False, now)
-
-    def _on_root(self, part: Root, source: Address, sender: int, now: float) -> None:
-        if part.hash != self._items.root():
-            self._send(source, [Buckets(self._items.hashes())], False, now)
-
-    def _on_buckets(self, part: Buckets, source: Address, sender: int, now: float) -> None:
-        mask = self._items.differing(part.hashes)
-        if mask:
-            self._send_digest(source, mask, now)
-
-    def _send_digest(self, source: Address, mask: int, now: float) -> None:
-        """In pieces of whole buckets that fit a packet each, so that each can be compared by itself."""
-        digests: list[Part] = []
-        piece, items, size = 0, [], 0
-        for bucket in range(64):
-            if not mask >> bucket & 1:
-                continue
-            more = self._items.digest(1 << bucket)
-            grown = size_of(Digest(mask, tuple(more)))
-            if piece and size + grown > ROOM_BYTES:
-                digests.append(Digest(piece, tuple(items)))
-                piece, items, size = 0, [], 0
-            piece |= 1 << bucket
-            items += more
-            size += grown
-        digests.append(Digest(piece, tuple(items)))
-        self._send_all(source, digests, now)
-
-    def _on_digest(self, part: Digest, source: Address, sender: int, now: float) -> None:
-        newer, wanted = self._items.compare(part.mask, part.items)
-        parts: list[Part] = self._parts(newer)
-        parts += [Want(tuple(wanted[i : i + 100])) for i in range(0, len(wanted), 100)]
-        if parts:
-            self._counters["repaired"] += len(newer)
-            self._send_all(source, parts, now)
-
-    def _on_want(self, part: Want, source: Address, sender: int, now: float) -> None:
-        self._send_all(source, self._parts(self._items.refs(part.items)), now)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -451,6 +377,7 @@ class Machine:
         return {
             **self._counters,
             **self._prober.counters,
+            **self._repair.counters,
             "members": len(self._table.ring),
             "down": len(self._table.down),
             "health": self._me.health,

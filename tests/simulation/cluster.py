@@ -1,4 +1,7 @@
-"""Whole clusters of pure machines in virtual time, on a network that loses, delays, repeats and cuts. One seed decides everything."""
+"""Whole clusters of pure machines in virtual time, on a network that loses, delays, repeats and cuts.
+
+One seed decides everything, so a run that fails is repeated exactly by its seed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from gossip.config import GossipConfig
 from gossip.effects import Event, Send, Superseded
 from gossip.machine import Machine
 from gossip.messages import Address, Claim, State
-from gossip.rumours import Rumours
 
 # Envelope, tag, versions, sender and a boot of one byte: docs/gossip.md.
 PACKET_OVERHEAD = 1 + 1 + 1 + 4 + 8 + 4 + 16 + 2 + 8 + 1
@@ -84,7 +86,9 @@ class Cluster:
         network: Network | None = None,
         make: Maker | None = None,
         on_event: Callable[[Host, Event, float], None] | None = None,
+        measure_bytes: bool = True,
     ) -> None:
+        self._measure_bytes = measure_bytes
         self.random = Random(seed)
         self.seed = seed
         self.now = 0.0
@@ -95,7 +99,9 @@ class Cluster:
         self._heap: list[tuple[float, int, str, Any]] = []
         self._count = 0
         ids = self.random.sample(range(1, 1 << 63), count)
-        self.hosts = [Host(i, ids[i], Address(f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}", 7402)) for i in range(count)]
+        self.hosts = [
+            Host(i, ids[i], Address(f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}", 7402)) for i in range(count)
+        ]
         self.by_id = {host.id: host for host in self.hosts}
         self._by_address = {host.address: host for host in self.hosts}
 
@@ -150,10 +156,8 @@ class Cluster:
             assert isinstance(machine, Machine)
             for claim in claims:
                 machine._table.on_claim(claim, self.now)
-            for queue in (machine._claims, machine._cold, machine._hot):
-                queue.__init__()  # type: ignore[misc]
+            machine._claims.__init__()  # type: ignore[misc]
             machine._effects(self.now)
-        assert Rumours
         self.on_event = keep
 
     def crash(self, host: Host, *, dark: bool = True) -> None:
@@ -233,7 +237,8 @@ class Cluster:
 
     def _send(self, host: Host, send: Send) -> None:
         host.packets_out += 1
-        host.bytes_out += PACKET_OVERHEAD + sum(map(size_of, send.parts))
+        if self._measure_bytes:
+            host.bytes_out += PACKET_OVERHEAD + sum(map(size_of, send.parts))
         target = self._by_address.get(send.address)
         network, random = self.network, self.random.random
         if target is None or (network.cut is not None and network.cut(host, target)):
@@ -254,7 +259,7 @@ class Cluster:
             self._fail_later(host, send.address, CONNECT_TIMEOUT_S, refused=False)
             return
         delay = 0.0
-        for resend_s in ((0.2,) if reply else (1.0, 1.0, 0.2)):
+        for resend_s in (0.2,) if reply else (1.0, 1.0, 0.2):
             delay += network.latency_s[0] + random() * (network.latency_s[1] - network.latency_s[0])
             while random() < network.loss:
                 delay += resend_s
