@@ -78,7 +78,7 @@ class Keyring:
         self, cluster: str, keys: Sequence[bytes | None], *, random_bytes: Callable[[int], bytes]
     ) -> None:
         """keys: 32 random bytes each, the primary first; None stands for the key derived from the cluster's id, and
-        so does an empty list. Raises KeyringError."""
+        so does an empty list. random_bytes: `os.urandom`, but for tests. Raises KeyringError."""
         self._cluster = cluster
         self._fingerprint = sha256(cluster.encode()).digest()[:4]
         self._session = int.from_bytes(random_bytes(8), "little")

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
-from gossip.codec import size_of
-from gossip.config import GossipConfig
+from gossip.codec import SEAL_BYTES, encode, size_of
+from gossip.config import PACKET_BYTES_MAX, GossipConfig
+from gossip.decoder import decode
 from gossip.effects import Event, Send, Superseded
 from gossip.machine import Machine
-from gossip.messages import Address, Claim, State
+from gossip.messages import Address, Claim, Part, State
 
 # Envelope, tag, versions, sender and a boot of one byte: docs/gossip.md.
 PACKET_OVERHEAD = 1 + 1 + 1 + 4 + 8 + 4 + 16 + 2 + 8 + 1
@@ -87,8 +88,10 @@ class Cluster:
         make: Maker | None = None,
         on_event: Callable[[Host, Event, float], None] | None = None,
         measure_bytes: bool = True,
+        through_codec: bool = False,
     ) -> None:
-        self._measure_bytes = measure_bytes
+        """`through_codec`: every packet is written and read as bytes, as on a wire; slower."""
+        self._measure_bytes, self._through_codec = measure_bytes, through_codec
         self.random = Random(seed)
         self.seed = seed
         self.now = 0.0
@@ -244,6 +247,8 @@ class Cluster:
         if target is None or (network.cut is not None and network.cut(host, target)):
             return
         low, high = network.latency_s
+        if self._through_codec:
+            send = send._replace(parts=self._recoded(host, send.parts))
         packet = (target, host.id, host.boot, host.address, send.parts)
         for _ in range(2 if network.duplicate and random() < network.duplicate else 1):
             if random() >= network.loss:
@@ -271,6 +276,13 @@ class Cluster:
         else:
             source = Address(f"stream-{host.id}", host.index)
             self._push(self.now + delay, "packet", (target, host.id, host.boot, source, send.parts))
+
+    def _recoded(self, host: Host, parts: Sequence[Part]) -> tuple[Part, ...]:
+        plain = encode(host.id, host.boot, parts)
+        assert len(plain) + SEAL_BYTES <= PACKET_BYTES_MAX
+        read = tuple(decode(plain).parts)
+        assert read == tuple(parts)
+        return read
 
     def _fail_later(self, host: Host, address: Address, delay: float, *, refused: bool) -> None:
         boot = host.boot

@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gossip import keyfile
 from gossip.codec import SEAL_BYTES
@@ -170,3 +172,11 @@ def test_a_file_that_is_no_keyring(tmp_path: Path, text: str, expected: str) -> 
     path.touch(0o600)
     path.write_text(text)
     assert code(keyfile.load, path) == expected
+
+
+@given(st.binary(max_size=200), st.integers(0, 19))
+def test_any_bytes_are_opened_or_dropped(junk: bytes, kept: int) -> None:
+    keyring = ring(A)
+    for packet in (junk, keyring.seal(b"hello")[:kept] + junk):
+        with pytest.raises(DroppedError):
+            keyring.open(packet)
