@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Daemon:
     @property
     def url(self) -> str:
         return f"ws://127.0.0.1:{self.app_port}"
+
+    @property
+    def peer_port(self) -> int:
+        port: int = tomllib.loads(self.config.read_text())["listen"]["peer_port"]
+        return port
 
     @property
     def data(self) -> Path:
@@ -123,19 +129,21 @@ class Daemon:
         return self.process is not None and self.process.poll() is None
 
 
-def config_text(
+def member(
+    folder: Path,
     name: str,
-    peer_port: int,
-    app_port: int,
+    ports: Sequence[int],
     seeds: Sequence[int],
     *,
     bootstrap: int,
-    storage: str = "",
+    storage: str = "dim = 16",
     replication: int = 3,
     shard_count: int = 4,
     more: str = "",
-) -> str:
-    """TOML of one node. seeds: peer ports; more: further sections."""
+) -> Daemon:
+    """One node, not started. ports: peer and app; seeds: peer ports; more: further sections of its settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    peer_port, app_port = ports
     listed = ", ".join(f'"127.0.0.1:{port}"' for port in seeds)
     lines = [
         f'[node]\nname = "{name}"\ndata_dir = "{name}"\nzone = "{name}"',
@@ -145,7 +153,7 @@ def config_text(
         f"[storage]\n{storage}",
         more,
     ]
-    return "\n".join(lines) + "\n"
+    return Daemon(name, folder, "\n".join(lines) + "\n", app_port)
 
 
 @contextlib.contextmanager
@@ -157,26 +165,22 @@ def cluster(
     replication: int = 3,
     shard_count: int = 4,
     more: str = "",
+    name: str = "node",
 ) -> Iterator[list[Daemon]]:
     """`count` nodes, ready; killed at the end whatever happened. Each knows one seed only, the first of them."""
     folder.mkdir(parents=True, exist_ok=True)
     ports = free_ports(2 * count)
     daemons = [
-        Daemon(
-            f"node-{i + 1}",
+        member(
             folder,
-            config_text(
-                f"node-{i + 1}",
-                ports[2 * i],
-                ports[2 * i + 1],
-                ports[:1] if count > 1 else [],
-                bootstrap=count,
-                storage=storage,
-                replication=replication,
-                shard_count=shard_count,
-                more=more,
-            ),
-            ports[2 * i + 1],
+            f"{name}-{i + 1}",
+            ports[2 * i : 2 * i + 2],
+            ports[:1] if count > 1 else [],
+            bootstrap=count,
+            storage=storage,
+            replication=replication,
+            shard_count=shard_count,
+            more=more,
         )
         for i in range(count)
     ]
