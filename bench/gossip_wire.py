@@ -6,19 +6,25 @@ The packet is a usual one: an ack with six claims, two facts and two hot vectors
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import msgpack
+import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bench.harness import arguments, figure, interleaved
+from gossip.agent import Agent
 from gossip.codec import encode, size_of
+from gossip.config import GossipConfig
 from gossip.decoder import decode
 from gossip.keyring import Keyring
-from gossip.messages import Ack, Address, Claim, Fact, Hot, Part, State
+from gossip.messages import Ack, Address, Claim, Fact, Hot, Part, Ping, State
 from gossip.replays import Replays
+from gossip.udp import DRAIN
 
 RUNS = 7
 
@@ -102,6 +108,52 @@ def sealing(plain: bytes, count: int) -> None:
     figure("gossip.replay_us", checked, "us CPU", peer=None, peer_value=None, target="at most 1", n=count)
 
 
+async def agent(count: int) -> None:
+    """A packet's whole way: from the socket through the machine, and what a ping's answer adds to that."""
+    random = Random(1)
+    secret = random.randbytes(32)
+
+    def ring() -> Keyring:
+        return Keyring("bench", [secret], random_bytes=os.urandom)
+
+    here = Agent(GossipConfig(), id=1, boot=1, keyring=ring(), listen=Address("127.0.0.1", 0), random=random)
+    address = await here.bind()
+    theirs = ring()
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        socket.socket(type=socket.SOCK_DGRAM) as bare,
+    ):
+        sock.bind(("127.0.0.1", 0))
+        bare.bind(("127.0.0.1", 0))
+        for name, parts in (("usual", usual_parts()), ("ping", (Ping(1, 1, 0),))):
+            spent = alone = 0.0
+            for _ in range(count // DRAIN):
+                # As many as a socket's buffer holds, so that only the receiving is measured.
+                for _ in range(DRAIN):
+                    packet = theirs.seal(encode(5, 3, parts))
+                    sock.sendto(packet, address)
+                    sock.sendto(packet, bare.getsockname())
+                began = time.process_time()
+                here._udp.drain()
+                middle = time.process_time()
+                for _ in range(DRAIN):
+                    bare.recvfrom(1_201)
+                spent, alone = spent + middle - began, alone + time.process_time() - middle
+            assert here.statistics().udp.packets_in % DRAIN == 0
+            done = count // DRAIN * DRAIN
+            figure(
+                f"gossip.receive_{name}_us",
+                spent / done * 1e6,
+                "us CPU",
+                peer="recvfrom alone",
+                peer_value=alone / done * 1e6,
+                target="at most 100",
+                n=done,
+            )
+        assert not here.statistics().dropped
+
+
 if __name__ == "__main__":
     rounds = 2_000 if arguments("Cost of a gossip packet.").quick else 20_000
     sealing(codec(rounds), rounds)
+    trio.run(agent, rounds)

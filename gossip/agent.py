@@ -26,7 +26,7 @@ from gossip.errors import DroppedError
 from gossip.exchange import MAGIC, Exchange, StreamLimits
 from gossip.keyring import Keyring, KeyView
 from gossip.machine import Machine, MemberView
-from gossip.messages import Ack, Address, Part
+from gossip.messages import Ack, Address, Claim, Part
 from gossip.paths import Paths
 from gossip.replays import Replays
 from gossip.seeds import Seeds
@@ -39,6 +39,7 @@ __all__ = ["MAGIC", "Agent", "AgentStatistics"]
 FIRST_SEEDS_S = 1.0
 SEEDS_EVERY_S = 5.0
 LEAVE_S = 1.0
+TELL_THE_OLD_EVERY_S = 1.0
 POLL_S = 0.01
 # Rounds of draining before a timer: a flood may not keep the timer from coming.
 DRAIN_ROUNDS = 16
@@ -120,6 +121,7 @@ class Agent:
         self._replays = Replays(config.members_max)
         self._drops = Drops()
         self._oversized = self._watch_errors = 0
+        self._told_the_old_at = float("-inf")
 
     # Life
 
@@ -214,7 +216,7 @@ class Agent:
         try:
             if len(data) > PACKET_BYTES_MAX:
                 raise DroppedError("too_large")  # noqa: TRY301 - one place counts all reasons
-            decoded = self._open(data)
+            decoded = self._open(data, source, None)
         except DroppedError as dropped:
             self._drops.count(dropped.reason, source, now)
             return
@@ -225,7 +227,7 @@ class Agent:
     def _on_stream_packet(self, packet: bytes, exchange: Exchange) -> bool:
         now = trio.current_time()
         try:
-            decoded = self._open(packet)
+            decoded = self._open(packet, exchange.address, exchange)
         except DroppedError as dropped:
             self._drops.count(dropped.reason, exchange.remote, now)
             # An old packet may be a slow one; anything else says that the peer is none of us, or broken.
@@ -239,11 +241,30 @@ class Agent:
         self._apply(effects, exchange)
         return True
 
-    def _open(self, packet: bytes) -> Decoded:
+    def _open(self, packet: bytes, source: Address, via: Exchange | None) -> Decoded:
         opened = self._keyring.open(packet)
         decoded = decode(opened.plain)
-        self._replays.check(decoded.sender, decoded.boot, opened.session, opened.counter)
+        try:
+            self._replays.check(decoded.sender, decoded.boot, opened.session, opened.counter)
+        except DroppedError as dropped:
+            if dropped.reason == "old_boot":
+                self._tell_the_old(decoded, source, via)
+            raise
         return decoded
+
+    def _tell_the_old(self, decoded: Decoded, source: Address, via: Exchange | None) -> None:
+        """A process whose id has a higher boot by now would not hear of it: nobody calls its address any more. What it says
+        is dropped, but it gets its successor's claim, at most once a second, for this may be a recording, too."""
+        now = trio.current_time()
+        if now < self._told_the_old_at + TELL_THE_OLD_EVERY_S:
+            return
+        self._told_the_old_at = now
+        for member in self._core.members():
+            if member.id == decoded.sender and member.boot > decoded.boot:
+                claim = Claim(
+                    member.id, member.boot, member.incarnation, member.state, member.address, self.id
+                )
+                self._apply([Send(source, (claim,))], via)
 
     def _on_stream_failed(self, address: Address, refused: bool) -> None:
         self._apply(self._core.on_stream_failed(address, refused, trio.current_time()))
