@@ -58,7 +58,7 @@ class Known:
         self._fingerprint = facts.shards_fingerprint(shards)
         self._hot_bytes = b""
         self._hot: Hot | None = None
-        self._lags: dict[int, float] = {}
+        self._lags: dict[int, int] = {}
 
     @property
     def state(self) -> State:
@@ -81,7 +81,9 @@ class Known:
             self._lags = {}
             if self._hot is not None and self._hot.fingerprint == self._fingerprint:
                 pairs = zip(self.held, self._hot.lags, strict=False)
-                self._lags = {one.shard: facts.log_value(byte, facts.LAG_UNIT_MS) for one, byte in pairs}
+                self._lags = {
+                    one.shard: int(facts.log_value(byte, facts.LAG_UNIT_MS)) for one, byte in pairs if byte
+                }
         return self._hot
 
     @property
@@ -89,9 +91,10 @@ class Known:
         hot = self.hot
         return Health(0) if hot is None else hot.health
 
-    def lag_ms(self, shard: int) -> int:
-        """0 when nothing is known against it."""
-        return int(self._lags.get(shard, 0.0)) if self.hot is not None else 0
+    @property
+    def lags_ms(self) -> Mapping[int, int]:
+        """By shard, of those that lag. Empty while the list of shards that they speak of is not known."""
+        return self._lags if self.hot is not None else {}
 
 
 class Members:

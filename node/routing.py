@@ -61,10 +61,9 @@ class GossipCluster:
         known = self._members.get(name)
         return known is not None and (known.state is State.SUSPECT or bool(known.health))
 
-    def lag_ms(self, name: str, shard: int) -> int:
+    def lags_ms(self, name: str) -> Mapping[int, int]:
         """Of our own replicas exactly, of others' as they gossip it."""
         if name == self.local:
-            replicator = self._replicators.get(shard)
-            return 0 if replicator is None else replicator.age_ms
+            return {shard: one.age_ms for shard, one in self._replicators.items()}
         known = self._members.get(name)
-        return 0 if known is None else known.lag_ms(shard)
+        return {} if known is None else known.lags_ms

@@ -124,7 +124,7 @@ def _member(parts: Parts, known: Known, placed: bool, now: float) -> dict[str, A
         "state_ms": max(0, round(1000 * (now - view.since))),
         "rtt_ms": None if view.rtt_s is None else round(1000 * view.rtt_s, 2),
         "shards": len(known.held),
-        "lag_ms": max((known.lag_ms(one.shard) for one in known.held), default=None),
+        "lag_ms": max(known.lags_ms.values(), default=0) if known.held else None,
         "degraded": known.reason,
     }
     if fact is not None:

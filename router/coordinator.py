@@ -11,6 +11,7 @@ import numpy.typing as npt
 import trio
 
 from router import coverage, merge, requests
+from router.coverage import Sight
 from router.errors import Code, RequestError, known
 from router.ports import Cluster, NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord
 from router.requests import Session
@@ -53,10 +54,6 @@ class Found:
                 (self.reasons[s] for s in self.missing if s in self.reasons), "unavailable"
             )
         return answer
-
-
-# A replica that lags more is asked only when no other is left.
-LAG_MS_MAX = 2_000
 
 
 class Coordinator:
@@ -172,25 +169,33 @@ class Coordinator:
     def _deadline(self, timeout_ms: float | None) -> float:
         return trio.current_time() + (timeout_ms or self._config.deadline_ms) / 1000
 
-    def _candidates(self, shard: int, failed: set[tuple[str, int]]) -> list[str]:
-        """Live replicas of a shard, in the placement's order: the well and level ones, or who is left."""
-        cluster = self._cluster
-        names = [n for n in cluster.placement(shard).voters if (n, shard) not in failed and cluster.alive(n)]
-        lag = [cluster.lag_ms(n, shard) for n in names]
-        level = [n for n, ms in zip(names, lag, strict=True) if ms <= LAG_MS_MAX]
-        well = [n for n in level if not cluster.avoid(n)]
-        # All lag: the freshest, and the answer says how old it may be.
-        return well or level or [n for n, ms in zip(names, lag, strict=True) if ms == min(lag)]
-
     def _assign(
         self, shards: Sequence[int], failed: set[tuple[str, int]]
     ) -> tuple[dict[str, list[int]], list[int]]:
-        return coverage.cover(shards, lambda shard: self._candidates(shard, failed), self._cluster.local)
+        cluster = self._cluster
+        # Each node is looked at once, whatever the number of its shards.
+        seen: dict[str, Sight | None] = {}
+
+        def sight(name: str) -> Sight | None:
+            if name not in seen:
+                seen[name] = (
+                    Sight(cluster.avoid(name), cluster.lags_ms(name)) if cluster.alive(name) else None
+                )
+            return seen[name]
+
+        def candidates(shard: int) -> list[str]:
+            voters: Sequence[str] = cluster.placement(shard).voters
+            if failed:
+                voters = [name for name in voters if (name, shard) not in failed]
+            return coverage.choose(shard, voters, sight, cluster.local)
+
+        return coverage.cover(shards, candidates, cluster.local)
 
     def _lag_ms(self, name: str, shards: Sequence[int]) -> int:
         """By how much the answer of a node may be too old; level replicas count as 0."""
-        worst = max((self._cluster.lag_ms(name, shard) for shard in shards), default=0)
-        return worst if worst > LAG_MS_MAX else 0
+        lags = self._cluster.lags_ms(name)
+        worst = max((lags.get(shard, 0) for shard in shards), default=0)
+        return worst if worst > coverage.LAG_MS_MAX else 0
 
     def _try_s(self, deadline: float) -> float:
         """Time for the next try. The last bit of a deadline is not worth a message."""

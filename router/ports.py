@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -131,5 +131,5 @@ class Cluster(Protocol):
     def avoid(self, name: str) -> bool:
         """Whether another replica is the better choice: this one is suspected, or says that it is not well."""
 
-    def lag_ms(self, name: str, shard: int) -> int:
-        """How far behind a replica is; 0 when level, or when nothing is known against it."""
+    def lags_ms(self, name: str) -> Mapping[int, int]:
+        """How far behind a node's replicas are, by shard; absent: level, or nothing is known against it."""

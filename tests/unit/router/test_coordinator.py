@@ -120,8 +120,8 @@ class World:
     def alive(self, name: str) -> bool:
         return name not in self.seen_down
 
-    def lag_ms(self, name: str, shard: int) -> int:
-        return self.lags.get(name, 0)
+    def lags_ms(self, name: str) -> dict[int, int]:
+        return dict.fromkeys(range(SHARDS), self.lags.get(name, 0))
 
     def avoid(self, name: str) -> bool:
         return name in self.unwell
