@@ -29,7 +29,7 @@ from admin.terminal import (
 )
 
 WAIT_S = 30.0
-STYLES = {"alive": "green", "suspect": "yellow", "down": "red", "unknown": "red"}
+STYLES = {"alive": "green", "suspect": "yellow", "down": "red", "absent": "red"}
 KIND_STYLES = {
     "suspected": "yellow",
     "down": "red",

@@ -96,7 +96,7 @@ class History:
             "boot": entry.boot,
             "incarnation": entry.incarnation,
         }
-        if entry.by:
+        if entry.by not in (0, entry.id):
             shown["by"] = self._members.name_of(entry.by)
         if entry.reason:
             shown["reason"] = entry.reason

@@ -20,6 +20,7 @@ from router.layout import Layout
 log = structlog.get_logger(__name__)
 
 REFUSED_EVERY_S = 60.0
+NAMES_MAX = 8_192
 
 
 class Gossip(Protocol):
@@ -108,6 +109,8 @@ class Members:
         self._by_id: dict[int, Known] = {}
         self._by_name: dict[str, Known] = {}
         self._all: list[Known] = []
+        # Of those who have left, too: what is said of them later should name them.
+        self._names: dict[int, str] = {}
         self._old = True
         # Whose facts must be read again; parsing those of everybody at each event would cost a large cluster seconds.
         self._changed: set[int] = set()
@@ -147,22 +150,27 @@ class Members:
         return None if known is None or known.fact is None else known.address
 
     def name_of(self, id: int) -> str:
-        """A member's name; its id in hex when it has not said one."""
+        """A member's name, present or past; its id in hex when it has not said one."""
         if self._old:
             self._read()
-        known = self._by_id.get(id)
-        return f"{id:016x}" if known is None else known.name
+        return self._names.get(id, f"{id:016x}")
 
     def _read(self) -> None:
         self._old = False
         before, self._by_id = self._by_id, {}
         for view in self.gossip.members():
             known = before.get(view.id)
-            if known is None or view.id in self._changed or known.view.boot != view.boot:
-                fact = self.own if view.id == self.own_id else _fact(self.gossip.facts(view.id), view.id)
+            # Of our own facts there is no event.
+            own = view.id == self.own_id
+            if known is None or own or view.id in self._changed or known.view.boot != view.boot:
+                fact = self.own if own else _fact(self.gossip.facts(view.id), view.id)
                 known = Known(self.gossip, view, fact)
             known.view = view
             self._by_id[view.id] = known
+            if known.fact is not None:
+                self._names[view.id] = known.name
+        while len(self._names) > NAMES_MAX:
+            del self._names[next(iter(self._names))]
         self._changed.clear()
         self._all = list(self._by_id.values())
         self._all.sort(key=lambda one: (one.name, not one.alive, one.id))

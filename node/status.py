@@ -85,7 +85,7 @@ def whole_status(parts: Parts) -> dict[str, Any]:
 
 
 def members_status(parts: Parts) -> list[dict[str, Any]]:
-    """Everybody whom gossip knows, and those of the layout whom it does not, by name."""
+    """Everybody whom gossip knows, and those of the layout whom it does not (they left, or were never heard), by name."""
     parts.members.refresh()
     layout = parts.layout
     placed = {member.name: member for member in layout.members} if layout else {}
@@ -97,7 +97,7 @@ def members_status(parts: Parts) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "name": name,
-                    "state": "unknown",
+                    "state": "absent",
                     "connected": False,
                     "in_layout": True,
                     "region": member.region,

@@ -46,6 +46,9 @@ async def test_members_are_found_by_the_name_they_tell() -> None:
     assert members.address("b") == ("127.0.0.1", 7_600)
     b.set_fact(facts.NODE, b"\xc1")
     assert "b" not in members
+    members.gossip.forget(2)
+    assert len(members.all()) == 2
+    assert members.name_of(2) == "b", "who has left keeps its name in what is told of it"
     await trio.lowlevel.checkpoint()
 
 
