@@ -1,0 +1,369 @@
+"""Who is primary of one shard: promises, leases, epochs. Pure; one machine for each replica. docs/ownership.md has the laws.
+
+* `promise-on-disk`: `Persist` comes before anything that rests on a promise; its consequences leave with `on_persisted`.
+* `promise-binds`: no stream and no candidate of an epoch below the promised one is taken.
+* `log-compared`: a candidate whose log ends before ours gets no promise.
+* `own-epoch`: only `Lead` opens an epoch, and a machine that has just been made leads none, whatever its log says.
+* `lease`: a voter promises nothing for `lease_s` after it received a primary's stamp; the primary may acknowledge until 0.9 of
+  that after the newest stamp that a majority has echoed. Stamps are the primary's own clock, so clocks need not agree.
+* `start-wait`: a voter promises nothing for `lease_s` after its own start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from random import Random
+from typing import NamedTuple
+
+from storage.records import Version
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ElectionConfig:
+    """Seconds. rank_s: how much longer the n-th voter in the order of preference waits before it stands."""
+
+    lease_s: float = 1.5
+    lease_use: float = 0.9
+    rank_s: float = 0.1
+    retry_min_s: float = 0.05
+    retry_max_s: float = 0.3
+    candidacy_s: float = 0.5
+
+
+class Role(Enum):
+    FOLLOWER = "follower"
+    CANDIDATE = "candidate"
+    PRIMARY = "primary"
+
+
+class Stand(NamedTuple):
+    """Please promise me `epoch`. last: where my log ends. released: the epoch whose primary gave way to me (0: none), so its
+    lease binds nobody any more."""
+
+    epoch: int
+    last: Version
+    released: int = 0
+
+
+class Ask(NamedTuple):
+    """Would you promise me `epoch`? Binds nobody. Without it a voter that is cut off raises its epoch again and again, and
+    must be overtaken when it is back (Raft's PreVote)."""
+
+    epoch: int
+    last: Version
+    released: int = 0
+
+
+class Would(NamedTuple):
+    epoch: int
+
+
+class Promise(NamedTuple):
+    """I take no byte of an epoch below `epoch`."""
+
+    epoch: int
+
+
+class Refuse(NamedTuple):
+    """No. promised: what I have promised already; wait_s: how long a lease or my start binds me."""
+
+    epoch: int
+    promised: int
+    reason: str
+    wait_s: float = 0.0
+
+
+class Succeed(NamedTuple):
+    """From the primary of `released`: everything is in your log and I write no more; stand above it."""
+
+    released: int
+
+
+Message = Ask | Would | Stand | Promise | Refuse | Succeed
+
+
+class Persist(NamedTuple):
+    """Write and fsync this promise, then call `on_persisted` with it."""
+
+    epoch: int
+
+
+class Tell(NamedTuple):
+    to: str
+    message: Message
+
+
+class Lead(NamedTuple):
+    """Open the epoch: append its record, fsync, and from then on write in it."""
+
+    epoch: int
+
+
+class StepDown(NamedTuple):
+    """Write no more; what waits for an acknowledgement ends as `outcome_unknown`."""
+
+    epoch: int
+    reason: str
+
+
+Effect = Persist | Tell | Lead | StepDown
+
+
+@dataclass(slots=True)
+class _Candidacy:
+    """asking: nothing has been promised yet, not even by ourselves. yes: who would, or has."""
+
+    epoch: int
+    released: int
+    asking: bool = True
+    yes: set[str] = field(default_factory=set)
+
+
+class Election:
+    """`last` tells where this replica's log ends, bytes that are being written included."""
+
+    def __init__(
+        self,
+        config: ElectionConfig,
+        name: str,
+        *,
+        voters: Iterable[str],
+        promised: int,
+        last: Callable[[], Version],
+        random: Random,
+        now: float,
+    ) -> None:
+        self._config, self.name, self._random, self._last = config, name, random, last
+        self.voters = tuple(voters)
+        self.role = Role.FOLLOWER
+        self.promised = promised
+        # The highest epoch heard of; a new one goes above it.
+        self.seen = max(promised, last().epoch)
+        self.primary: str | None = None
+        # The epoch that we lead, or whose primary we follow.
+        self.epoch = 0
+        # Until when we promise nothing, and to the primary of which epoch that is owed (0: our own start).
+        self._bound_until, self._bound_epoch = now + config.lease_s, 0
+        self._stand_at = now + config.lease_s + self._patience()
+        self._persisting: int = 0
+        # Who is told when the promise is on disk.
+        self._promise_to: str | None = None
+        self._candidacy: _Candidacy | None = None
+        self._leads_since = now
+        # As primary: the newest stamp of ours that each voter has echoed.
+        self._echoed: dict[str, float] = {}
+        self._resigned = False
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def next_deadline(self) -> float:
+        if self.name not in self.voters:
+            return math.inf
+        if self.role is Role.PRIMARY:
+            return max(self._lease_ends(), self._leads_since) + 2 * self._config.lease_s
+        return self._stand_at
+
+    def may_acknowledge(self, now: float) -> bool:
+        """Whether the lease holds; asked after the fdatasync of what is to be acknowledged."""
+        return self.role is Role.PRIMARY and not self._resigned and now < self._lease_ends()
+
+    def takes(self, epoch: int) -> bool:
+        """Whether a stream of `epoch` may be followed. Not one below our log's end: it would have us cut what a later
+        primary has counted on."""
+        least = max(self.promised, self._persisting, self._last().epoch)
+        return epoch >= least and self.role is not Role.PRIMARY
+
+    def _lease_ends(self) -> float:
+        """By our own clock: a majority's newest echo, our own being now."""
+        others = sorted((self._echoed.get(v, -math.inf) for v in self.voters if v != self.name), reverse=True)
+        needed = len(self.voters) // 2 + 1 - (self.name in self.voters)
+        if needed <= 0:
+            return math.inf
+        return others[needed - 1] + self._config.lease_use * self._config.lease_s
+
+    # -- time -------------------------------------------------------------------------------------------------------
+
+    def _patience(self) -> float:
+        rank = self.voters.index(self.name) if self.name in self.voters else len(self.voters)
+        return rank * self._config.rank_s + self._random.random() * self._config.rank_s / 2
+
+    def on_timer(self, now: float) -> list[Effect]:
+        if now < self.next_deadline or self.name not in self.voters:
+            return []
+        if self.role is Role.PRIMARY:
+            return self._step_down("no majority of the voters has answered for too long", now)
+        return self._stand(now, released=0)
+
+    def on_host_down(self, now: float) -> None:
+        """Gossip says that the primary's host is dead: stand as soon as its lease is over."""
+        self._stand_at = min(self._stand_at, max(now, self._bound_until) + self._patience())
+
+    # -- standing ---------------------------------------------------------------------------------------------------
+
+    def _stand(self, now: float, released: int) -> list[Effect]:
+        self.role = Role.CANDIDATE
+        self.primary = None
+        epoch = max(self.seen, self.promised, self._persisting, self._last().epoch) + 1
+        self._candidacy = _Candidacy(epoch, released, yes={self.name})
+        config = self._config
+        self._stand_at = (
+            now + config.candidacy_s + self._random.uniform(config.retry_min_s, config.retry_max_s)
+        )
+        return self._tell_others(Ask(epoch, self._last(), released)) + self._count(now)
+
+    def _tell_others(self, message: Message) -> list[Effect]:
+        return [Tell(voter, message) for voter in self.voters if voter != self.name]
+
+    def _persist(self, epoch: int) -> list[Effect]:
+        self._persisting = epoch
+        return [Persist(epoch)]
+
+    def on_persisted(self, epoch: int, now: float) -> list[Effect]:
+        """That promise is on disk."""
+        self.promised = max(self.promised, epoch)
+        if epoch != self._persisting:
+            return []  # a higher one is under way
+        self._persisting = 0
+        candidacy = self._candidacy
+        if candidacy is not None and candidacy.epoch == epoch:
+            candidacy.yes.add(self.name)
+            return self._tell_others(Stand(epoch, self._last(), candidacy.released)) + self._count(now)
+        if self._promise_to is not None:
+            to, self._promise_to = self._promise_to, None
+            return [Tell(to, Promise(epoch))]
+        return []
+
+    def _count(self, now: float) -> list[Effect]:
+        candidacy = self._candidacy
+        assert candidacy is not None
+        if len(candidacy.yes & set(self.voters)) <= len(self.voters) // 2:
+            return []
+        if candidacy.asking:
+            candidacy.asking, candidacy.yes = False, set()
+            self.seen = max(self.seen, candidacy.epoch)
+            return self._persist(candidacy.epoch)
+        self.role, self.epoch, self.primary = Role.PRIMARY, candidacy.epoch, self.name
+        self._candidacy = None
+        self._resigned = False
+        self._leads_since, self._echoed = now, {}
+        return [Lead(self.epoch)]
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def on_message(self, sender: str, message: Message, now: float) -> list[Effect]:
+        if isinstance(message, Ask):
+            refusal = self._why_not(message, now)
+            return [Tell(sender, Would(message.epoch) if refusal is None else refusal)]
+        if isinstance(message, Stand):
+            return self._on_stand(sender, message, now)
+        if isinstance(message, Would):
+            return self._on_yes(sender, message.epoch, True, now)
+        if isinstance(message, Promise):
+            return self._on_yes(sender, message.epoch, False, now)
+        if isinstance(message, Refuse):
+            return self._on_refuse(message, now)
+        if self.name not in self.voters or message.released < max(self.epoch, self.promised):
+            return []
+        return self._stand(now, released=message.released)
+
+    def _on_stand(self, sender: str, stand: Stand, now: float) -> list[Effect]:
+        refusal = self._why_not(stand, now)
+        if refusal is not None:
+            return [Tell(sender, refusal)]
+        effects: list[Effect] = []
+        if self.role is Role.PRIMARY:
+            effects += self._step_down(f"{sender} stands for epoch {stand.epoch}", now)
+        self.seen = max(self.seen, stand.epoch)
+        self.role, self._candidacy = Role.FOLLOWER, None
+        self.primary = None
+        # A promise binds to no lease, so a candidate that fails holds nobody up: the lease begins with its stream.
+        self._stand_at = now + self._config.candidacy_s + self._patience()
+        self._promise_to = sender
+        return effects + self._persist(stand.epoch)
+
+    def _why_not(self, stand: Stand | Ask, now: float) -> Refuse | None:
+        promised = max(self.promised, self._persisting)
+        if self.name not in self.voters:
+            return Refuse(stand.epoch, promised, "learner")
+        if stand.epoch <= promised:
+            return Refuse(stand.epoch, promised, "promised")
+        if stand.last < self._last():
+            return Refuse(stand.epoch, promised, "log")
+        if self.may_acknowledge(now):
+            return Refuse(stand.epoch, promised, "lease", self._lease_ends() - now)
+        given_up = 0 < self._bound_epoch <= stand.released
+        if now < self._bound_until and not given_up:
+            return Refuse(stand.epoch, promised, "lease", self._bound_until - now)
+        return None
+
+    def _on_yes(self, sender: str, epoch: int, asking: bool, now: float) -> list[Effect]:
+        candidacy = self._candidacy
+        if candidacy is None or candidacy.epoch != epoch or candidacy.asking is not asking:
+            return []
+        candidacy.yes.add(sender)
+        return self._count(now)
+
+    def _on_refuse(self, refuse: Refuse, now: float) -> list[Effect]:
+        self.seen = max(self.seen, refuse.promised)
+        candidacy = self._candidacy
+        if candidacy is not None and candidacy.epoch == refuse.epoch and refuse.reason == "log":
+            # One with a longer log is there: let it stand first.
+            self._stand_at = max(self._stand_at, now + self._config.lease_s / 2 + self._patience())
+        return []
+
+    # -- the stream -------------------------------------------------------------------------------------------------
+
+    def on_stream(self, primary: str, epoch: int, now: float) -> list[Effect]:
+        """A primary's answer to a pull; asked `takes(epoch)` before anything of it is used."""
+        if not self.takes(epoch):
+            return []
+        self.seen = max(self.seen, epoch)
+        self.role, self.epoch, self.primary = Role.FOLLOWER, epoch, primary
+        self._candidacy = None
+        self._bind(epoch, now)
+        return []
+
+    def _bind(self, epoch: int, now: float) -> None:
+        self._bound_until, self._bound_epoch = max(self._bound_until, now + self._config.lease_s), epoch
+        self._stand_at = self._bound_until + self._patience()
+
+    def on_echo(self, voter: str, stamp: float) -> None:
+        """As primary: a voter's pull, in our epoch, carried this stamp of ours back."""
+        self._echoed[voter] = max(stamp, self._echoed.get(voter, -math.inf))
+
+    def on_higher_epoch(self, epoch: int, now: float) -> list[Effect]:
+        """Somebody speaks of an epoch above ours. If its candidate has failed, only a still higher epoch brings everybody
+        together again, and whoever has led should stand for it; if it has won, its voters' leases will refuse us."""
+        self.seen = max(self.seen, epoch)
+        if self.role is not Role.PRIMARY or epoch <= self.epoch:
+            return []
+        released = self.epoch
+        return self._step_down(f"epoch {epoch} has been promised", now) + self._stand(now, released)
+
+    def _step_down(self, reason: str, now: float) -> list[Effect]:
+        epoch = self.epoch
+        self.role, self.primary, self._candidacy = Role.FOLLOWER, None, None
+        self._echoed = {}
+        self._resigned = False
+        self._stand_at = now + self._config.lease_s + self._patience()
+        return [StepDown(epoch, reason)]
+
+    # -- handing over -----------------------------------------------------------------------------------------------
+
+    def resign(self) -> None:
+        """No write is begun or acknowledged any more, so that the successor's log can become whole."""
+        assert self.role is Role.PRIMARY
+        self._resigned = True
+
+    def hand_over(self, to: str, now: float) -> list[Effect]:
+        """The successor has everything: it may stand at once. Only after `resign`."""
+        assert self._resigned
+        epoch = self.epoch
+        effects = self._step_down(f"handed over to {to}", now)
+        # Our own lease, which we have given up, binds us no more either.
+        self._bound_until, self._bound_epoch = now, epoch
+        return [*effects, Tell(to, Succeed(epoch))]

@@ -1,0 +1,183 @@
+"""The table of docs/ownership.md, cell by cell."""
+
+from __future__ import annotations
+
+from random import Random
+
+from node.election import (
+    Ask,
+    Effect,
+    Election,
+    ElectionConfig,
+    Lead,
+    Persist,
+    Promise,
+    Refuse,
+    Role,
+    Stand,
+    StepDown,
+    Succeed,
+    Tell,
+    Would,
+)
+from storage.records import Version
+
+L = ElectionConfig().lease_s
+END = Version(1, 5)
+VOTERS = ("a", "b", "c")
+
+
+def replica(name: str = "b", *, promised: int = 0, last: Version = END, now: float = 0.0) -> Election:
+    return Election(
+        ElectionConfig(), name, voters=VOTERS, promised=promised, last=lambda: last, random=Random(1), now=now
+    )
+
+
+def told(effects: list[Effect]) -> list[object]:
+    return [effect.message for effect in effects if isinstance(effect, Tell)]
+
+
+def elected(now: float = 10.0) -> Election:
+    """`a`, primary of its epoch, with a lease that `b` has echoed."""
+    one = replica("a")
+    one.on_timer(now)
+    one.on_message("b", Would(2), now)
+    one.on_persisted(2, now)
+    assert one.on_message("b", Promise(2), now) == [Lead(2)]
+    one.on_echo("b", now)
+    return one
+
+
+def test_a_promise_is_on_disk_before_it_is_told() -> None:
+    one = replica()
+    effects = one.on_message("a", Stand(2, Version(1, 5)), 10.0)
+    assert effects == [Persist(2)]
+    assert one.on_persisted(2, 10.1) == [Tell("a", Promise(2))]
+    assert one.promised == 2
+
+
+def test_a_candidate_promises_itself_before_it_stands() -> None:
+    one = replica("a")
+    assert told(one.on_timer(10.0)) == [Ask(2, Version(1, 5))] * 2
+    assert one.on_message("b", Would(2), 10.0) == [Persist(2)]
+    assert told(one.on_persisted(2, 10.0)) == [Stand(2, Version(1, 5))] * 2
+    assert one.on_message("b", Promise(2), 10.0) == [Lead(2)]
+    assert one.role is Role.PRIMARY
+
+
+def test_nothing_is_promised_for_a_lease_after_the_start() -> None:
+    one = replica(now=100.0)
+    (answer,) = told(one.on_message("a", Stand(2, Version(9, 9)), 100.0 + L - 0.01))
+    assert isinstance(answer, Refuse)
+    assert answer.reason == "lease"
+    assert one.on_message("a", Stand(2, Version(9, 9)), 100.0 + L) == [Persist(2)]
+
+
+def test_a_promise_binds_to_no_lower_epoch() -> None:
+    one = replica(promised=5)
+    (answer,) = told(one.on_message("a", Stand(5, Version(9, 9)), 10.0))
+    assert answer == Refuse(5, 5, "promised")
+    assert not one.takes(4)
+    assert one.takes(5)
+
+
+def test_a_promise_that_is_still_being_written_binds_already() -> None:
+    one = replica()
+    one.on_message("a", Stand(7, Version(1, 5)), 10.0)
+    assert not one.takes(6)
+    (answer,) = told(one.on_message("c", Stand(6, Version(9, 9)), 10.0))
+    assert answer == Refuse(6, 7, "promised")
+
+
+def test_a_log_that_ends_earlier_gets_no_promise() -> None:
+    for shorter in (Version(1, 4), Version(0, 99)):
+        (answer,) = told(replica().on_message("a", Stand(2, shorter), 10.0))
+        assert answer == Refuse(2, 0, "log")
+    assert replica().on_message("a", Stand(2, Version(2, 1)), 10.0) == [Persist(2)]
+
+
+def test_a_stream_below_the_own_log_is_not_followed() -> None:
+    assert not replica(last=Version(4, 9)).takes(3)
+
+
+def test_who_hears_a_primary_promises_to_nobody_until_the_lease_is_over() -> None:
+    one = replica()
+    one.on_stream("a", 3, 10.0)
+    (answer,) = told(one.on_message("c", Stand(4, Version(9, 9)), 10.0 + L - 0.01))
+    assert isinstance(answer, Refuse)
+    assert one.on_message("c", Stand(4, Version(9, 9)), 10.0 + L) == [Persist(4)]
+
+
+def test_a_lease_given_up_binds_nobody_but_only_that_one() -> None:
+    one = replica()
+    one.on_stream("a", 3, 10.0)
+    assert one.on_message("c", Stand(4, Version(9, 9), released=3), 10.1) == [Persist(4)]
+    other = replica()
+    other.on_stream("a", 5, 10.0)
+    (answer,) = told(other.on_message("c", Stand(6, Version(9, 9), released=3), 10.1))
+    assert isinstance(answer, Refuse)
+
+
+def test_asking_binds_nobody() -> None:
+    one = replica()
+    assert told(one.on_message("a", Ask(9, Version(1, 5)), 10.0)) == [Would(9)]
+    assert one.promised == 0
+    assert one.on_message("c", Stand(2, Version(1, 5)), 10.0) == [Persist(2)]
+
+
+def test_a_primary_acknowledges_only_while_a_majority_has_echoed_its_clock() -> None:
+    one = elected(now=10.0)
+    assert one.may_acknowledge(10.0 + 0.9 * L - 0.01)
+    assert not one.may_acknowledge(10.0 + 0.9 * L)
+    one.on_echo("c", 11.0)
+    assert one.may_acknowledge(11.0 + 0.9 * L - 0.01)
+
+
+def test_one_that_was_just_elected_has_no_lease_yet() -> None:
+    one = replica("a")
+    one.on_timer(10.0)
+    one.on_message("b", Would(2), 10.0)
+    one.on_persisted(2, 10.0)
+    one.on_message("c", Promise(2), 10.0)
+    assert one.role is Role.PRIMARY
+    assert not one.may_acknowledge(10.0)
+
+
+def test_a_primary_without_a_majority_steps_down() -> None:
+    one = elected(now=10.0)
+    assert one.on_timer(10.0 + 0.9 * L) == []
+    (effect,) = one.on_timer(10.0 + 2.9 * L + 0.01)
+    assert isinstance(effect, StepDown)
+
+
+def test_who_has_just_started_leads_nothing_whatever_its_log_says() -> None:
+    one = replica("a", promised=2, last=Version(2, 9))
+    assert one.role is Role.FOLLOWER
+    assert not one.may_acknowledge(100.0)
+
+
+def test_a_successor_stands_at_once_with_the_lease_given_up() -> None:
+    one = elected(now=10.0)
+    one.resign()
+    assert not one.may_acknowledge(10.0)
+    down, tell = one.hand_over("b", 10.0)
+    assert isinstance(down, StepDown)
+    assert tell == Tell("b", Succeed(2))
+    successor = replica("b", promised=2)
+    successor.on_stream("a", 2, 10.0)
+    asks = told(successor.on_message("a", Succeed(2), 10.01))
+    assert asks == [Ask(3, Version(1, 5), 2)] * 2
+
+
+def test_a_primary_overtakes_an_epoch_that_somebody_was_left_with() -> None:
+    one = elected(now=10.0)
+    effects = one.on_higher_epoch(8, 10.1)
+    assert isinstance(effects[0], StepDown)
+    assert told(effects) == [Ask(9, Version(1, 5), 2)] * 2
+
+
+def test_a_learner_neither_votes_nor_stands() -> None:
+    one = replica("d")
+    assert one.on_timer(1_000.0) == []
+    (answer,) = told(one.on_message("a", Stand(2, Version(9, 9)), 10.0))
+    assert answer == Refuse(2, 0, "learner")
