@@ -3,11 +3,11 @@
 Laws:
 * `no-overwriting`: what is here is about nodes without a layout; a node that has one keeps it.
 * `adopt-first`: as long as any member, alive or not, is known to go by a layout, none is made.
-* `agreed-view`: version 1 is made by the alive node of the smallest name, and only when every alive node has said that it
-  sees the same alive nodes, at least `bootstrap` of them. A node says so of one set at a time, and nothing once it has a
-  layout. Two sets of more than half of the founders have a node in common, so with `bootstrap` above half of the nodes that
-  start at first, two layouts are made only when a node takes another for dead that takes it for alive: in a one-sided
-  partition. Then all are told `layout_conflict` as soon as they hear of it.
+* `agreed-view`: version 1 is made by the alive founder (`bootstrap` above 0) of the smallest name, and only when every alive
+  founder has said that it sees the same alive founders, at least `bootstrap` of them. A node says so of one set at a time,
+  and nothing once it has a layout. Two sets of more than half of the founders have a node in common, so with `bootstrap`
+  above half of the nodes that start at first, two layouts are made only when a node takes another for dead that takes it
+  for alive: in a one-sided partition. Then all are told `layout_conflict` as soon as they hear of it.
 * `same-settings`: nodes that disagree about what must be equal make nothing together, and say in what they disagree.
 """
 
@@ -79,22 +79,31 @@ Step = Adopt | Create | Wait | Refuse
 
 def decide(own: NodeFact, others: Sequence[Seen]) -> Step:
     """What a node without a layout does next."""
+    alive = [one for one in others if one.alive]
+    if any(one.fact is not None and one.fact.name == own.name for one in alive):
+        # Before anything else: both would open the same shards in one name.
+        return Refuse(
+            "name_conflict", f'another node is named "{own.name}"; each node needs its own node.name'
+        )
     layouts = {one.layout.hash: one for one in others if one.layout is not None}
     if layouts:
         return _adopt(own, list(layouts.values()))
-    peers = [one for one in others if one.alive and one.fact is not None]
-    facts = [one.fact for one in peers if one.fact is not None]
+    if not own.bootstrap:
+        return Wait(b"", 1, 0)
+    # Those who only join have no part in it.
+    founders = [one for one in alive if one.fact is not None and one.fact.bootstrap]
+    facts = [one.fact for one in founders if one.fact is not None]
     refused = _mismatch(own, facts)
     if refused is not None:
         return refused
     names = sorted([own.name, *(fact.name for fact in facts)])
     known = len(names)
-    if not own.bootstrap or known < own.bootstrap:
+    if known < own.bootstrap:
         return Wait(b"", known, own.bootstrap)
     view = view_of(names)
     # Somebody who is alive and not heard yet may be the one that has a layout.
-    heard = len(peers) == sum(one.alive for one in others) and not any(one.partial for one in others)
-    agreed = heard and all(one.view == view for one in peers)
+    heard = all(one.fact is not None for one in alive) and not any(one.partial for one in others)
+    agreed = heard and all(one.view == view for one in founders)
     if names[0] == own.name and agreed:
         members = sorted([own, *facts], key=lambda fact: fact.name)
         return Create(
@@ -140,10 +149,6 @@ def _adopt(own: NodeFact, sources: list[Seen]) -> Step:
 
 def _mismatch(own: NodeFact, facts: Sequence[NodeFact]) -> Refuse | None:
     for fact in facts:
-        if fact.name == own.name:
-            return Refuse(
-                "name_conflict", f'another node is named "{own.name}"; each node needs its own node.name'
-            )
         differs = settings_that_differ(own, fact, FOUNDING)
         if differs is not None:
             return Refuse("config_mismatch", f"{fact.name} and this node differ: {differs}; make them equal")

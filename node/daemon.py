@@ -98,7 +98,7 @@ class Daemon:
     async def _run(self, directory: DataDirectory, notifier: notify.Notifier, stack: AsyncExitStack) -> None:
         identity = directory.identity
         agent = self._agent(directory)
-        members = Members(agent, self._fact(), agent.id)
+        members = Members(agent, self._fact(self._config.listen.host), agent.id)
         hello = self._hello(identity)
         listener = PeerListener(
             self._handlers,
@@ -110,7 +110,7 @@ class Daemon:
         )
         listener.closed = f"{self._name} is still starting"
         layout = await self._layout_on_disk(directory)
-        await agent.bind((await listener.bind()).port)
+        members.own = self._fact((await agent.bind((await listener.bind()).port)).host)
         agent.set_fact(facts.NODE, facts.pack_node(members.own))
         if layout is not None:
             forming.tell(members, layout)
@@ -202,16 +202,18 @@ class Daemon:
         self._handlers["keyring"] = keyrings.handle_peer
         return keyrings
 
-    def _fact(self) -> NodeFact:
+    def _fact(self, reached_at: str) -> NodeFact:
+        """reached_at: the host by which others know this node, when it listens on all addresses."""
         config = self._config
         node, cluster, storage, listen = config.node, config.cluster, config.storage, config.listen
+        host = reached_at if listen.host in ("0.0.0.0", "::") else listen.host  # noqa: S104 - compared, not bound
         return NodeFact(
             name=node.name,
             region=node.region,
             zone=node.zone,
             host=node.host,
             capacity=node.capacity,
-            app=listen.app_url or f"ws://{Address(listen.host, listen.app_port)}",
+            app=listen.app_url or f"ws://{Address(host, listen.app_port)}",
             version=version("gmco"),
             shard_count=cluster.shard_count,
             replication=cluster.replication,

@@ -64,6 +64,12 @@ def test_zero_never_makes_one() -> None:
     assert str(step) == "waiting for a node that has a layout"
 
 
+def test_who_only_joins_has_no_part_in_it() -> None:
+    step = decide(fact("b"), [seen("c", "b c d"), seen("d", "b c d"), seen("a", bootstrap=0)])
+    assert isinstance(step, Create)
+    assert [member.name for member in step.layout.members] == ["b", "c", "d"]
+
+
 def test_who_is_not_heard_or_only_in_part_is_waited_for() -> None:
     others = [seen("b", "a b c"), seen("c", "a b c")]
     assert isinstance(decide(fact("a"), [*others, Seen(alive=True, fact=None)]), Wait)
@@ -121,9 +127,12 @@ def test_a_cluster_of_other_settings_is_not_joined() -> None:
 
 
 def test_a_taken_name_is_refused() -> None:
-    step = decide(fact("a"), [seen("a")])
-    assert isinstance(step, Refuse)
-    assert step.code == "name_conflict"
+    for layouts in (None, layout("a", "b")):
+        step = decide(fact("a"), [seen("a", layout=layouts)])
+        assert isinstance(step, Refuse)
+        assert step.code == "name_conflict"
+    # A node that lost its disk comes back under its name once the old one is known to be dead.
+    assert isinstance(decide(fact("a"), [seen("a", alive=False, layout=layout("a", "b"))]), Adopt)
 
 
 class _Node:
