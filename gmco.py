@@ -160,7 +160,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Answer:
-    """Hits, best first. `stale_ms` is set when only replicas that lag could be asked."""
+    """Hits, best first. `stale_ms` is set when a replica that answered may be that far behind."""
 
     hits: list[Hit]
     coverage: Coverage | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import trio
 from trio_websocket import WebSocketConnection
@@ -14,11 +15,13 @@ DRAIN_BYTES = 64 << 10
 class AppStream(trio.abc.Stream):
     """A TCP stream of one app. trio sets TCP_NODELAY on every socket stream by itself."""
 
-    def __init__(self, transport: trio.SocketStream) -> None:
+    def __init__(self, transport: trio.SocketStream, received: Callable[[int], None]) -> None:
+        """`received` is told of each read's size."""
         self.heard = False
         self.handshake: trio.CancelScope | None = None
         self.websocket: WebSocketConnection | None = None
         self._transport = transport
+        self._received = received
         self._closed = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -30,6 +33,7 @@ class AppStream(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         data = await self._transport.receive_some(max_bytes)
         self.heard = True
+        self._received(len(data))
         if not data and self.handshake is not None:
             self.handshake.cancel()  # it went away while we waited for its handshake; harmless later
         return data

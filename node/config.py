@@ -116,6 +116,7 @@ class LimitsConfig:
     # One WebSocket message of an app, and one frame between nodes.
     frame_bytes: int = field(default=8 << 20, metadata={"range": (1 << 10, 1 << 30)})
     peer_frame_bytes: int = field(default=32 << 20, metadata={"range": (1 << 16, 1 << 30)})
+    peer_connections: int = field(default=1_024, metadata={"range": (1, 1_000_000)})
     peer_requests_in_flight: int = field(default=1_024, metadata={"range": (1, 1_000_000)})
     items_per_request: int = field(default=1_000, metadata={"range": (1, 1_000_000)})
     # Records that may wait for one shard's log.

@@ -42,6 +42,8 @@ class ServerBounds:
     in_flight_max: int = 4_096
     connection_in_flight_max: int = 256
     backlog_bytes_max: int = 64 << 20
+    # Of all connections together: bytes of requests that are not complete yet, or that their readers have not taken.
+    unread_bytes_max: int = 256 << 20
     handshake_s: float = 5.0
     send_s: float = 10.0
     idle_ping_s: float = 20.0
@@ -62,6 +64,7 @@ class Counters:
     overloaded: int = 0
     internal: int = 0
     slow_dropped: int = 0
+    greedy_dropped: int = 0
     dead_dropped: int = 0
     failed: int = 0
 
@@ -78,6 +81,7 @@ class Shared:
         self.bounds = bounds
         self.counters = Counters()
         self.in_flight = 0
+        self.unread_bytes = 0
         self.stopping = False
         self.connections: set[Connection] = set()
 
@@ -91,7 +95,8 @@ class Connection:
         self.peer = str(stream.socket.getpeername())
         self.subprotocol: str | None = None
         self.in_flight = 0
-        self._stream = AppStream(stream)
+        self._stream = AppStream(stream, self._received)
+        self._unread_bytes = 0
         self._ws: WebSocketConnection
         self._nursery: trio.Nursery
         self._reading = trio.CancelScope()
@@ -118,6 +123,7 @@ class Connection:
         finally:
             with trio.move_on_after(CLOSE_S, shield=True):
                 await self._stream.aclose()
+            self._forget_unread()
 
     def close(self, code: int) -> None:
         """Reads no more, sends what waits, then closes with `code`."""
@@ -172,6 +178,7 @@ class Connection:
                 message = await self._ws.get_message()
             except ConnectionClosed:
                 return
+            self._forget_unread()
             json = isinstance(message, str)
             if self.subprotocol is not None and json != (self.subprotocol == "gmco.json"):
                 self.close(1003)
@@ -255,6 +262,28 @@ class Connection:
             self.shared.counters.slow_dropped += 1
             log.warning("client does not read; dropped", peer=self.peer, backlog_bytes=self._backlog_bytes)
             self._nursery.cancel_scope.cancel()
+
+    def _received(self, count: int) -> None:
+        """Many frames that never end would take all memory: over the bound the connection that holds most has to go."""
+        shared = self.shared
+        self._unread_bytes += count
+        shared.unread_bytes += count
+        if shared.unread_bytes > shared.bounds.unread_bytes_max:
+            max(shared.connections, key=lambda one: one._unread_bytes)._drop_greedy()
+
+    def _forget_unread(self) -> None:
+        self.shared.unread_bytes -= self._unread_bytes
+        self._unread_bytes = 0
+
+    def _drop_greedy(self) -> None:
+        self.shared.counters.greedy_dropped += 1
+        log.warning(
+            "client sends more than this node can hold; dropped",
+            peer=self.peer,
+            unread_bytes=self._unread_bytes,
+        )
+        self._forget_unread()
+        self._nursery.cancel_scope.cancel()
 
     async def _write(self) -> None:
         parts = self._parts

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 import structlog
 import trio
 
-from gossip import keyfile
-from gossip.agent import Agent
-from gossip.config import GossipConfig
-from gossip.keyring import Keyring
-from gossip.messages import Address as GossipAddress
-from node import facts, forming, layoutfile, notify
+from node import facts, forming, joining, layoutfile, notify
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
-from node.facts import Health, NodeFact
+from node.facts import Health
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.identity import DataDirectory, Identity
@@ -58,6 +51,8 @@ STOP_S = 30.0
 PEER_GRACE_S = 2.0
 # While it waits for others, systemd is asked for this much more time to start, again and again.
 WAIT_MORE_S = 120.0
+# Each shard that was recovered, or closed, earns this much more time from the service manager.
+SHARD_S = 300.0
 # What a restart of the actor cannot mend ends the process; systemd starts it again, and recovery decides.
 POLICY = RestartPolicy(fatal=(DamagedError,))
 
@@ -97,8 +92,8 @@ class Daemon:
 
     async def _run(self, directory: DataDirectory, notifier: notify.Notifier, stack: AsyncExitStack) -> None:
         identity = directory.identity
-        agent = self._agent(directory)
-        members = Members(agent, self._fact(self._config.listen.host), agent.id)
+        agent = joining.make_agent(self._config, directory)
+        members = Members(agent, joining.node_fact(self._config, self._config.listen.host), agent.id)
         hello = self._hello(identity)
         listener = PeerListener(
             self._handlers,
@@ -110,7 +105,8 @@ class Daemon:
         )
         listener.closed = f"{self._name} is still starting"
         layout = await self._layout_on_disk(directory)
-        members.own = self._fact((await agent.bind((await listener.bind()).port)).host)
+        address = await agent.bind((await listener.bind()).port)
+        members.own = joining.node_fact(self._config, address.host)
         agent.set_fact(facts.NODE, facts.pack_node(members.own))
         if layout is not None:
             forming.tell(members, layout)
@@ -146,7 +142,9 @@ class Daemon:
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                await _close(shards)
+                # Also when it is an error that ends us: keepalives are over, and the watchdog must be, too.
+                notifier.stopping("closing shards")
+                await _close(shards, notifier)
         log.info("stopped", node=self._name)
 
     async def _wind_down(self, notifier: notify.Notifier, listener: PeerListener, history: History) -> None:
@@ -175,53 +173,10 @@ class Daemon:
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
-    def _agent(self, directory: DataDirectory) -> Agent:
-        config, settings = self._config, self._config.gossip
-        path = directory.path / "keyring"
-        keys = keyfile.load(path)
-        if keys is None and settings.secret is not None:
-            keys = [settings.secret]
-            keyfile.save(path, keys)
-        elif settings.secret is not None and settings.secret not in (keys or []):
-            log.warning("keyring", message=f"gossip.key is not used: {path} counts, and does not hold it")
-        advertise = settings.advertised
-        return Agent(
-            GossipConfig(udp=settings.udp),
-            id=directory.identity.member_id,
-            boot=directory.identity.boots,
-            keyring=Keyring(config.cluster.id, keys or [], random_bytes=os.urandom),
-            listen=Address(config.listen.host, config.listen.peer_port),
-            advertise=GossipAddress(*advertise) if advertise is not None else None,
-            seeds=config.cluster.seeds,
-            random=random.Random(),
-            keys_path=path,
-        )
-
     def _keyrings(self) -> Keyrings:
         keyrings = Keyrings(self._parts.agent, self._parts.members, self._parts.links)
         self._handlers["keyring"] = keyrings.handle_peer
         return keyrings
-
-    def _fact(self, reached_at: str) -> NodeFact:
-        """reached_at: the host by which others know this node, when it listens on all addresses."""
-        config = self._config
-        node, cluster, storage, listen = config.node, config.cluster, config.storage, config.listen
-        host = reached_at if listen.host in ("0.0.0.0", "::") else listen.host  # noqa: S104 - compared, not bound
-        return NodeFact(
-            name=node.name,
-            region=node.region,
-            zone=node.zone,
-            host=node.host,
-            capacity=node.capacity,
-            app=listen.app_url or f"ws://{Address(host, listen.app_port)}",
-            version=version("gmco"),
-            shard_count=cluster.shard_count,
-            replication=cluster.replication,
-            dim=storage.dim,
-            metric=storage.metric,
-            class_width=storage.class_width,
-            bootstrap=cluster.bootstrap,
-        )
 
     def _hello(self, identity: Identity) -> Hello:
         config = self._config
@@ -238,7 +193,9 @@ class Daemon:
     def _peer_limits(self) -> PeerLimits:
         limits = self._config.limits
         return PeerLimits(
-            frame_bytes=limits.peer_frame_bytes, requests_in_flight=limits.peer_requests_in_flight
+            frame_bytes=limits.peer_frame_bytes,
+            requests_in_flight=limits.peer_requests_in_flight,
+            connections=limits.peer_connections,
         )
 
     async def _layout_on_disk(self, directory: DataDirectory) -> Layout | None:
@@ -266,8 +223,7 @@ class Daemon:
             if text != parts.state:
                 log.info("waiting", state=text)
             parts.state = text
-            notifier.status(text)
-            notifier.extend_timeout(WAIT_MORE_S)
+            notifier.extend_timeout(WAIT_MORE_S, text)
 
         if layout is None:
             path = directory.path / "layout"
@@ -276,7 +232,7 @@ class Daemon:
         parts.guard = forming.LayoutGuard(parts.members, layout)
         say("recovering shards")
         placements = {one.shard: one for one in layout.placements()}
-        logs = await self._open_shards(directory, placements, stack)
+        logs = await self._open_shards(directory, placements, notifier, stack)
         await self._start(placements, logs, stack)
 
     def _say_ready(self, notifier: notify.Notifier) -> None:
@@ -288,12 +244,17 @@ class Daemon:
         notifier.ready(f"serving {len(parts.shards)} shards")
 
     async def _open_shards(
-        self, directory: DataDirectory, placements: dict[int, Placement], stack: AsyncExitStack
+        self,
+        directory: DataDirectory,
+        placements: dict[int, Placement],
+        notifier: notify.Notifier,
+        stack: AsyncExitStack,
     ) -> dict[int, DedicatedThread]:
         """Recovery, a few shards at a time; nothing is served before all are done. Returns the log threads."""
         limit = trio.CapacityLimiter(OPENING_AT_ONCE)
         maintenance = ThreadRunner("maintenance")
         logs: dict[int, DedicatedThread] = {}
+        mine = [one for one in placements.values() if self._name in one.voters]
 
         async def open_one(placement: Placement) -> None:
             shard = placement.shard
@@ -317,11 +278,11 @@ class Daemon:
                 queue_max=self._config.limits.write_queue,
             )
             log.info("recovered", shard=shard, **asdict(replica.recovery))
+            notifier.extend_timeout(SHARD_S, f"recovered {len(self._parts.shards)} of {len(mine)} shards")
 
         async with trio.open_nursery() as nursery:
-            for placement in placements.values():
-                if self._name in placement.voters:
-                    nursery.start_soon(open_one, placement)
+            for placement in mine:
+                nursery.start_soon(open_one, placement)
         return logs
 
     async def _start(
@@ -340,7 +301,7 @@ class Daemon:
             if member.name != self._name:
                 await links.add(member.name)
         await supervisor.start(links, name="links")
-        local = LocalNode(shards, lane, len(placements))
+        local = LocalNode(shards, parts.replicators, lane, len(placements))
         self._handlers.update(handlers(local, shards, lambda: own_status(parts)))
         for shard, actor in sorted(shards.items()):
             if not actor.primary:
@@ -390,7 +351,11 @@ class Daemon:
         return parts.coordinator.handle(request)
 
 
-async def _close(shards: dict[int, ShardActor]) -> None:
+async def _close(shards: dict[int, ShardActor], notifier: notify.Notifier) -> None:
+    async def close_one(actor: ShardActor) -> None:
+        await trio.to_thread.run_sync(actor.replica.close)
+        notifier.extend_timeout(SHARD_S, f"closed shard {actor.shard}")
+
     async with trio.open_nursery() as nursery:
         for actor in shards.values():
-            nursery.start_soon(trio.to_thread.run_sync, actor.replica.close)
+            nursery.start_soon(close_one, actor)

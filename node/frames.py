@@ -18,8 +18,9 @@ from typing import Any
 import msgpack
 
 MAGIC = b"GMCOpeer"
-FORMAT_MIN = 1
-FORMAT_MAX = 1
+# 2: a pull names the last record by its checksum, and answers say how old they may be.
+FORMAT_MIN = 2
+FORMAT_MAX = 2
 HELLO_BYTES_MAX = 4 << 10
 HEADER = struct.Struct("<I")
 

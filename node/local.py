@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,21 +11,31 @@ import trio
 
 from node.commit import OverloadedError
 from node.lane import LaneAsk, SearchLane
+from node.replicator import Replicator
 from node.shard import ShardActor
-from router.ports import NodeError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
+from router.ports import Answers, NodeError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
 from router.requests import Session
 from router.ring import shard_of
 from storage.errors import StorageError
 from storage.records import Kind
 
 RETRY_AFTER_MS = 50
+T = TypeVar("T")
 
 
 class LocalNode:
     """Answers for the shards whose actors it is given. Implements `router.ports.Node`."""
 
-    def __init__(self, shards: Mapping[int, ShardActor], lane: SearchLane, shard_count: int) -> None:
+    def __init__(
+        self,
+        shards: Mapping[int, ShardActor],
+        followers: Mapping[int, Replicator],
+        lane: SearchLane,
+        shard_count: int,
+    ) -> None:
+        """followers: of the shards that this node is not the primary of; read at each answer, so may be filled later."""
         self._shards = shards
+        self._followers = followers
         self._lane = lane
         self._shard_count = shard_count
 
@@ -49,7 +60,14 @@ class LocalNode:
             raise NodeError("deadline_exceeded", "the search took longer than its time limit") from error
         except OverloadedError as error:
             raise NodeError("overloaded", str(error), RETRY_AFTER_MS) from error
-        return SearchReply(reply.ids, reply.scores, reply.metadata, {**failed, **reply.failed})
+        failed |= reply.failed
+        age_ms = self._age_ms(shard for shard in shards if shard not in failed)
+        return SearchReply(reply.ids, reply.scores, reply.metadata, failed, age_ms)
+
+    def _age_ms(self, shards: Iterable[int]) -> int:
+        """Whoever asked, this node knows best how far its own replicas are behind."""
+        followers = self._followers
+        return max((followers[shard].age_ms for shard in shards if shard in followers), default=0)
 
     async def _behind(self, shards: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
         """The shards that have not applied what the session has seen. Waits half the time: another may be ahead."""
@@ -70,9 +88,17 @@ class LocalNode:
 
     async def get(
         self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
-    ) -> list[StoredRecord | str | None]:
+    ) -> Answers[StoredRecord]:
         behind = await self._answering(ids, session, timeout_s)
-        return [self._get(kind, id_, behind) for id_ in ids]
+        return self._aged(ids, [self._get(kind, id_, behind) for id_ in ids])
+
+    def _aged(self, ids: Sequence[int], found: Sequence[T | str | None]) -> Answers[T]:
+        answered = {
+            shard_of(id_, self._shard_count)
+            for id_, one in zip(ids, found, strict=True)
+            if not isinstance(one, str)
+        }
+        return Answers(found, self._age_ms(answered))
 
     def _get(self, kind: Kind, id_: int, behind: Mapping[int, str]) -> StoredRecord | str | None:
         shard = shard_of(id_, self._shard_count)
@@ -96,7 +122,7 @@ class LocalNode:
         metadata: bool,
         session: Session,
         timeout_s: float,
-    ) -> list[tuple[float, bytes] | str | None]:
+    ) -> Answers[tuple[float, bytes]]:
         """Exact scores, as a search would give them: FP16 products summed in float64, rounded to float32."""
         behind = await self._answering(ids, session, timeout_s)
         wide = query.astype(np.float64)
@@ -109,7 +135,7 @@ class LocalNode:
                 out.append((score, record.metadata if metadata else b""))
             else:
                 out.append(record)
-        return out
+        return self._aged(ids, out)
 
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         replies: list[WriteReply] = []

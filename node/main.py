@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import sys
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from gossip.errors import KeyringError
 from node import config as configuration
-from node import logs
+from node import logs, openfiles
 from node.config import Config, ConfigError, loopback
 from node.daemon import Daemon, SupersededError
 from node.supervisor import ActorGaveUpError
@@ -49,7 +50,19 @@ def main() -> int:
             print(f"warning: {warning}")  # noqa: T201 - the command's answer
         return 0
     logs.configure(config.log.level, config.log.format)
-    return _run(config)
+    return _run(_with_files(config))
+
+
+def _with_files(config: Config) -> Config:
+    files = openfiles.raise_limit()
+    limits = openfiles.fit(config.limits, shards=config.cluster.shard_count, files=files)
+    if limits != config.limits:
+        log.warning(
+            "few_files",
+            warning=f"this process may open {files:,} files, so it takes {limits.connections} connections of apps and "
+            f"{limits.peer_connections} of nodes; raise the limit (ulimit -n, LimitNOFILE=) for more",
+        )
+    return dataclasses.replace(config, limits=limits)
 
 
 def _summary(config: Config) -> str:

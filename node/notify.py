@@ -66,9 +66,9 @@ class Notifier:
     def status(self, text: str) -> bool:
         return self.send(STATUS=text)
 
-    def extend_timeout(self, seconds: float) -> bool:
+    def extend_timeout(self, seconds: float, status: str) -> bool:
         """Asks for more time to start or stop, counted from now: recovery of a large log may take minutes."""
-        return self.send(EXTEND_TIMEOUT_USEC=int(seconds * 1e6))
+        return self.send(EXTEND_TIMEOUT_USEC=int(seconds * 1e6), STATUS=status)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         """Keepalives at half of the watchdog's time, from the event loop; sleeps when none is asked for."""

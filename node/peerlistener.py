@@ -10,6 +10,7 @@ logged and becomes `internal`, without its text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
 from types import CoroutineType
@@ -39,6 +40,7 @@ Handler = Callable[[str, Any], Awaitable[Any] | Any]
 # Workers kept waiting per connection; the rest end when their request is answered.
 IDLE_WORKERS_MAX = 64
 POLL_S = 0.02
+COMPLAIN_S = 1.0
 
 # An error sentence that a handler built from its input must not fill frames.
 MESSAGE_CHARS_MAX = 1_000
@@ -87,6 +89,7 @@ class PeerListener:
         self.stopping = False
         self._open = self._accepted = self._refused_hellos = self._refused_connections = 0
         self._protocol_errors = 0
+        self._complain_at = -math.inf
         self.refused_requests = self.requests = self.errors = 0
 
     async def bind(self) -> Address:
@@ -135,7 +138,15 @@ class PeerListener:
                 await self._gossip(stream)
         except ProtocolError as error:
             self._protocol_errors += 1
-            log.warning("peer_garbage", remote=_remote(stream), reason=str(error))
+            # Whoever sends rubbish must not fill the disk with our complaints: the counter has them all.
+            if trio.current_time() >= self._complain_at:
+                self._complain_at = trio.current_time() + COMPLAIN_S
+                log.warning(
+                    "peer_garbage",
+                    remote=_remote(stream),
+                    reason=str(error),
+                    protocol_errors=self._protocol_errors,
+                )
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # gone before its hello was answered
         finally:

@@ -2,14 +2,15 @@
 
 Bodies are msgpack lists, in this order:
   search  [shards, query FP16, k, [all, any, exclude], metadata, session, time left ms]
-            → [ids u64, scores f32, metadata | nil, failed]
-  get     [kind, [id…], session, time left ms] → [[version, vector, classes, metadata] | nil | code …]
-  score   [query FP16, [id…], metadata, session, time left ms] → [[score, metadata] | nil | code …]
+            → [ids u64, scores f32, metadata | nil, failed, age ms]
+  get     [kind, [id…], session, time left ms] → [[[version, vector, classes, metadata] | nil | code …], age ms]
+  score   [query FP16, [id…], metadata, session, time left ms] → [[[score, metadata] | nil | code …], age ms]
   write   [[shard, [[operation, kind, id, vector, classes, metadata]…], ack, write_id]…, time left ms]
             → [[shard, epoch, sequence, error]…]
-  pull    [shard, after, max bytes, wait ms] → [epoch, primary's last, lag ms, raw records]
+  pull    [shard, [epoch, sequence, checksum] of the last record, max bytes, wait ms]
+            → [epoch, primary's last, lag ms, raw records]
   status  [] → this node's own part of `status`
-Time left travels, not wall clock.
+Time left travels, not wall clock. age ms: how old the oldest replica that answered may be (`Replicator.age_ms`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from node.peerlink import (
 )
 from node.shard import ShardActor
 from router.ports import (
+    Answers,
     Change,
     NodeError,
     NodeGoneError,
@@ -42,7 +44,7 @@ from router.ports import (
 )
 from router.requests import Session
 from storage.errors import StorageError
-from storage.records import Kind, Operation
+from storage.records import Fingerprint, Kind, Operation
 from storage.view import ClassConstraint
 
 PULL_BYTES_MAX = 4 << 20
@@ -74,7 +76,7 @@ class RemoteNode:
 
     async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
         limit = ask.constraint
-        ids, scores, metadata, failed = await self._call(
+        ids, scores, metadata, failed, age_ms = await self._call(
             "search",
             [
                 ask.shards,
@@ -86,18 +88,19 @@ class RemoteNode:
             ],
             timeout_s,
         )
-        return SearchReply(np.frombuffer(ids, "<u8"), np.frombuffer(scores, "<f4"), metadata, failed)
+        return SearchReply(np.frombuffer(ids, "<u8"), np.frombuffer(scores, "<f4"), metadata, failed, age_ms)
 
     async def get(
         self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
-    ) -> list[StoredRecord | str | None]:
-        found = await self._call("get", [int(kind), ids, session], timeout_s)
-        return [
+    ) -> Answers[StoredRecord]:
+        found, age_ms = await self._call("get", [int(kind), ids, session], timeout_s)
+        records = [
             StoredRecord((one[0][0], one[0][1]), one[1], tuple(one[2]), one[3])
             if isinstance(one, list)
             else one
             for one in found
         ]
+        return Answers(records, age_ms)
 
     async def score(
         self,
@@ -106,9 +109,9 @@ class RemoteNode:
         metadata: bool,
         session: Session,
         timeout_s: float,
-    ) -> list[tuple[float, bytes] | str | None]:
-        found = await self._call("score", [query.tobytes(), ids, metadata, session], timeout_s)
-        return [(one[0], one[1]) if isinstance(one, list) else one for one in found]
+    ) -> Answers[tuple[float, bytes]]:
+        found, age_ms = await self._call("score", [query.tobytes(), ids, metadata, session], timeout_s)
+        return Answers([(one[0], one[1]) if isinstance(one, list) else one for one in found], age_ms)
 
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         body = [[ask.shard, [tuple(change) for change in ask.changes], ask.ack, ask.write_id] for ask in asks]
@@ -132,7 +135,7 @@ def handlers(
             tuple((s, e, n) for s, e, n in session),
         )
         reply = await local.search(ask, left_ms / 1000)
-        return [reply.ids.tobytes(), reply.scores.tobytes(), reply.metadata, reply.failed]
+        return [reply.ids.tobytes(), reply.scores.tobytes(), reply.metadata, reply.failed, reply.age_ms]
 
     async def get(peer: str, body: Any) -> Any:
         kind, ids, session, left_ms = body
@@ -162,13 +165,16 @@ def handlers(
         )
 
     async def pull(peer: str, body: Any) -> Any:
-        shard, after, max_bytes, wait_ms, _left_ms = body
+        shard, (epoch, sequence, check), max_bytes, wait_ms, _left_ms = body
         actor = shards.get(shard)
         if actor is None or not actor.primary:
             raise RemoteError("no_primary", f"this node is not the primary of shard {shard}")
         try:
             return await actor.serve_pull(
-                peer, after, min(max_bytes, PULL_BYTES_MAX), min(wait_ms, PULL_WAIT_MS_MAX) / 1000
+                peer,
+                Fingerprint(epoch, sequence, check),
+                min(max_bytes, PULL_BYTES_MAX),
+                min(wait_ms, PULL_WAIT_MS_MAX) / 1000,
             )
         except StorageError as error:
             raise RemoteError(error.code, str(error)) from error

@@ -2,6 +2,8 @@
 
 Laws:
 * `durable-before-stream`: a voter's position moves only by what it names in a pull, and it names only what it has fsynced.
+* `log-matching`: a pull names the last record of the follower's log by epoch, sequence and checksum. It counts, and is
+  answered, only after the primary has found that very record in its own log; else the two hold different histories.
 * positions never go back within one epoch: an old pull that arrives late changes nothing.
 * `quorum` is a majority of all voters, the dead ones counted; `all` is every voter.
 * a follower appends a reply only if it begins right after its own last sequence (`no-gaps`) and its epoch is not lower.
@@ -13,12 +15,29 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from storage.records import Version
+from storage.records import EMPTY, Fingerprint, Version
 
 Ack = Literal["primary", "quorum", "all"]
 MARKS_MAX = 1_024
 # With MARKS_MAX marks this remembers 51 s; older lag shows as that.
 MARK_EVERY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The position counts; answer with what follows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Find our own record at that sequence, then call `found`. When the log no longer holds it, nothing is proved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """Stop following: one of the two logs holds what the other's history does not."""
+
+    reason: str
 
 
 @dataclass(slots=True)
@@ -28,6 +47,8 @@ class Progress:
     name: str
     voters: tuple[str, ...]
     positions: dict[str, int] = field(default_factory=dict)
+    # What each follower named last, once it was found in our log: an idle follower's next pull needs no look-up.
+    _matched: dict[str, Fingerprint] = field(default_factory=dict)
     # (sequence, monotonic seconds at which the primary passed it), for lag in time; bounded, so very old lag is a floor.
     _marks: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MARKS_MAX))
 
@@ -37,10 +58,39 @@ class Progress:
         if not self._marks or now - self._marks[-1][1] >= MARK_EVERY_S:
             self._marks.append((sequence, now))
 
-    def named(self, voter: str, sequence: int) -> None:
-        """A voter said that its disk has everything to `sequence`. Others than voters do not count."""
-        if voter in self.voters:
-            self.positions[voter] = max(sequence, self.positions.get(voter, 0))
+    def pulled(self, follower: str, named: Fingerprint) -> Matched | LookUp | Diverged:
+        """A follower said that its disk has everything to `named`."""
+        last = self.positions.get(self.name, 0)
+        if named.sequence > last:
+            return self._part(
+                follower,
+                f"its log ends at {named.sequence}, ours at {last}: we have lost records that it holds",
+            )
+        if named == EMPTY or self._matched.get(follower) == named:
+            return self._match(follower, named)
+        return LookUp()
+
+    def found(self, follower: str, named: Fingerprint, ours: Fingerprint) -> Matched | Diverged:
+        """What our own log has where `named` says it is."""
+        if named == ours:
+            return self._match(follower, named)
+        return self._part(
+            follower,
+            f"at sequence {named.sequence} its log has record {named.check:016x} of epoch {named.epoch}, ours has "
+            f"{ours.check:016x} of epoch {ours.epoch}",
+        )
+
+    def _match(self, follower: str, named: Fingerprint) -> Matched:
+        self._matched[follower] = named
+        if follower in self.voters:  # others do not count
+            self.positions[follower] = max(named.sequence, self.positions.get(follower, 0))
+        return Matched()
+
+    def _part(self, follower: str, reason: str) -> Diverged:
+        """What it named before was on a disk that it no longer has."""
+        self._matched.pop(follower, None)
+        self.positions.pop(follower, None)
+        return Diverged(reason)
 
     def reached(self, ack: Ack) -> int:
         """The greatest sequence that satisfies `ack`."""
@@ -74,13 +124,6 @@ class PullAgain:
 @dataclass(frozen=True, slots=True)
 class Refuse:
     """Drop the reply and wait before the next pull."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Diverged:
-    """Stop following: our log holds what the primary's does not."""
 
     reason: str
 

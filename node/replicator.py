@@ -11,8 +11,8 @@ from node import replication
 from node.peerlink import PeerGoneError, PeerLink, PeerTimeoutError, RemoteError
 from node.shard import ShardActor
 from storage import records
-from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError
-from storage.records import HEADER, Record, RecordError
+from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError
+from storage.records import EMPTY, HEADER, Record, RecordError
 
 log = structlog.get_logger(__name__)
 
@@ -33,13 +33,15 @@ class Replicator:
         self.state = "starting"
         self.behind = 0
         self.lag_ms = 0
+        # How old our data may have been at `_heard`. Before the primary is heard we only know when we wrote last.
+        self._old_ms = int(actor.idle_s() * 1000)
         self._heard = trio.current_time()
+        self._named = EMPTY  # our last record as pulls name it; the disk is asked once after a start
 
     @property
     def age_ms(self) -> int:
-        """How old this replica's data may be: its lag by the primary's clock, or the time since it was last level."""
-        unheard = int((trio.current_time() - self._heard) * 1000) if self.state != "following" else 0
-        return max(self.lag_ms, unheard)
+        """How old this replica's data may be: its lag when it last heard the primary, and the time since."""
+        return self._old_ms + int((trio.current_time() - self._heard) * 1000)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
@@ -56,14 +58,16 @@ class Replicator:
                 log.warning("pull refused", shard=shard, code=error.code, reason=error.message)
                 await self._back_off()
                 continue
-            except DiskFullError as error:
-                self.state = "disk full"
+            except (DiskFullError, LogGoneError) as error:
+                self.state = f"stuck: {error.code}"
                 log.warning("cannot follow", shard=shard, code=error.code, reason=str(error))
                 await self._back_off()
                 continue
             if isinstance(step, replication.Diverged):
+                # Only a person can say which copy is right; pulling on would not help and writing would harm.
                 self.state = "diverged"
-                log.error("diverged", shard=shard, reason=step.reason)
+                self._actor.diverged = True
+                log.error("diverged", shard=shard, primary=self._link.name, reason=step.reason)
                 await trio.sleep_forever()
             if isinstance(step, replication.Refuse):
                 self.state = f"refused: {step.reason}"
@@ -71,7 +75,6 @@ class Replicator:
                 await self._back_off()
                 continue
             self.state = "following"
-            self._heard = trio.current_time()
             self._failures = 0
 
     async def _back_off(self) -> None:
@@ -83,9 +86,19 @@ class Replicator:
     async def _pull(self) -> replication.Step:
         actor = self._actor
         last = actor.replica.position
-        epoch, primary_last, lag_ms, data = await self._link.call(
-            "pull", [actor.shard, last.sequence, PULL_BYTES, WAIT_MS, int(CALL_S * 1000)], CALL_S
-        )
+        if self._named.sequence != last.sequence:
+            self._named = actor.replica.fingerprint(last.sequence)
+        # Until the first answer we do not know whether we are level, so that one must not wait for news.
+        wait_ms = WAIT_MS if self.state == "following" else 0
+        try:
+            epoch, primary_last, lag_ms, data = await self._link.call(
+                "pull", [actor.shard, self._named, PULL_BYTES, wait_ms, int(CALL_S * 1000)], CALL_S
+            )
+        except RemoteError as error:
+            if error.code == "diverged":
+                return replication.Diverged(error.message)
+            raise
+        heard = trio.current_time()
         try:
             blobs, batch = _split(data)
         except RecordError as error:
@@ -104,8 +117,10 @@ class Replicator:
             except ReplicaStoppedError as error:
                 # Never again into the dark: the process stops, loudly, through the supervisor.
                 raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
-        self.behind = primary_last - actor.replica.position.sequence
-        self.lag_ms = lag_ms if self.behind else 0
+        if isinstance(step, (replication.Take, replication.PullAgain)):
+            self.behind = primary_last - actor.replica.position.sequence
+            self.lag_ms = self._old_ms = lag_ms if self.behind else 0
+            self._heard = heard
         return step
 
 

@@ -35,6 +35,7 @@ class ServerStatistics:
     overloaded: int
     internal: int
     slow_dropped: int
+    greedy_dropped: int
     dead_dropped: int
     failed: int
 

@@ -11,12 +11,12 @@ import trio
 
 from node.blocking import Runner
 from node.commit import CommitStoppedError, GroupCommit
-from node.replication import Progress
+from node.replication import Diverged, LookUp, Progress
 from router.layout import Placement
 from router.ports import Change, NodeError
 from storage import records
 from storage.errors import DamagedError, DiskFullError, IndexingError, ReplicaStoppedError, StorageError
-from storage.records import HEADER_BYTES, Operation, Record, Version
+from storage.records import HEADER_BYTES, Fingerprint, Operation, Record, Version
 from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
@@ -67,6 +67,8 @@ class ShardActor:
         self._waiting_bytes = 0
         self._broken: Exception | None = None
         self._stopped = False
+        # Set for good by the replicator: our log and the primary's are of two histories.
+        self.diverged = False
         self._newest_ns = 0
         self._broke = trio.Event()
         self._moved = trio.Event()
@@ -77,13 +79,19 @@ class ShardActor:
     def shard(self) -> int:
         return self.placement.shard
 
+    def idle_s(self) -> float:
+        """Since the last record was logged, by the primaries' wall clocks; 0 in an empty log."""
+        logged_ns = self.replica.logged_ns
+        return max(0, self._now_ns() - logged_ns) / 1e9 if logged_ns else 0.0
+
     def _new_commit(self) -> GroupCommit[WriteItem, Version]:
         return GroupCommit(self._flush, waiting_max=self._queue_max)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Raises DamagedError when log and table have parted: only a restart with its recovery mends that."""
         self._commit = self._new_commit()
-        self.progress.durable(self.replica.position.sequence, trio.current_time())
+        # The log's end was passed when it was written, not now: what lags behind it is at least that old.
+        self.progress.durable(self.replica.position.sequence, trio.current_time() - self.idle_s())
         async with trio.open_nursery() as nursery:
             await nursery.start(self._commit.run)
             nursery.start_soon(self._maintain)
@@ -241,13 +249,20 @@ class ShardActor:
     # -- the pull stream ------------------------------------------------------------------------------------------
 
     async def serve_pull(
-        self, follower: str, after: int, max_bytes: int, wait_s: float
+        self, follower: str, named: Fingerprint, max_bytes: int, wait_s: float
     ) -> tuple[int, int, int, bytes]:
-        """For a follower whose disk has everything to `after`: (epoch, our last, its lag in ms, raw records)."""
-        # Only what we have ourselves is an acknowledgement: a longer log is another history (`diverged`).
-        if after <= self.replica.position.sequence:
-            self.progress.named(follower, after)
-            self._wake_ackers()
+        """For a follower whose disk has everything to `named`: (epoch, our last, its lag in ms, raw records).
+
+        Raises NodeError `diverged` (law `log-matching`), and LogGoneError when our log no longer tells.
+        """
+        step = self.progress.pulled(follower, named)
+        if isinstance(step, LookUp):
+            step = self.progress.found(follower, named, self.replica.fingerprint(named.sequence))
+        if isinstance(step, Diverged):
+            log.error("follower diverged", shard=self.shard, follower=follower, reason=step.reason)
+            raise NodeError("diverged", f"the logs of shard {self.shard} have parted: {step.reason}")
+        self._wake_ackers()
+        after = named.sequence
         deadline = trio.current_time() + wait_s
         while self.replica.position.sequence <= after:
             moved = self._moved
@@ -274,6 +289,8 @@ class ShardActor:
 
     async def wait_applied(self, epoch: int, sequence: int, timeout_s: float) -> bool:
         """Whether this replica has applied (epoch, sequence) within `timeout_s`."""
+        if self.diverged:
+            return False  # positions of another history say nothing
         with trio.move_on_after(timeout_s):
             while self.replica.position < (epoch, sequence):
                 await self._moved.wait()

@@ -13,7 +13,7 @@ import trio
 from router import coverage, merge, requests
 from router.coverage import Sight
 from router.errors import Code, RequestError, known
-from router.ports import Cluster, NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord
+from router.ports import Answers, Cluster, NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord
 from router.requests import Session
 from router.ring import shard_of
 from router.wire import Columns
@@ -41,7 +41,8 @@ class Found:
     missing: list[int]
     total: int
     reasons: dict[int, str]
-    stale_ms: int = 0
+    # How old the oldest replica that answered may be, by what the nodes said of themselves.
+    age_ms: int = 0
 
     def coverage(self) -> dict[str, Any]:
         answer: dict[str, Any] = {
@@ -90,14 +91,14 @@ class Coordinator:
 
     async def _recommend(self, request: requests.Recommend) -> dict[str, Any]:
         deadline = self._deadline(request.timeout_ms)
-        user = await self._one_user(request.user_id, deadline, request.session)
+        user, age_ms = await self._one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
-        return self._reply(await self._find(query, request, deadline))
+        return self._reply(await self._find(query, request, deadline, age_ms=age_ms))
 
     async def _similar(self, request: requests.Similar) -> dict[str, Any]:
         deadline = self._deadline(request.timeout_ms)
         given = [*request.positive, *request.negative]
-        records = await self.look_up(Kind.ITEM, given, deadline, request.session)
+        records, age_ms = await self._look_up(Kind.ITEM, given, deadline, request.session)
         # The mean of the positive items, less the mean of the negative ones.
         weights = [1.0 / len(request.positive)] * len(request.positive)
         weights += [-1.0 / len(request.negative)] * len(request.negative) if request.negative else []
@@ -112,20 +113,22 @@ class Coordinator:
             if norm == 0.0:
                 raise RequestError("zero_vector", "the given items cancel each other out", "negative")
             mean /= norm
-        found = await self._find(mean.astype(np.float16), request, deadline, drop=frozenset(given))
+        found = await self._find(
+            mean.astype(np.float16), request, deadline, drop=frozenset(given), age_ms=age_ms
+        )
         return self._reply(found)
 
     async def _batch(self, request: requests.Batch) -> dict[str, Any]:
         deadline = self._deadline(request.timeout_ms)
-        user = await self._one_user(request.user_id, deadline, request.session)
+        user, age_ms = await self._one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
 
-        async def ask(node: str, ids: Sequence[int], timeout_s: float) -> Sequence[Any]:
+        async def ask(node: str, ids: Sequence[int], timeout_s: float) -> Answers[Any]:
             return await self._cluster.node(node).score(
                 query, ids, request.metadata, request.session, timeout_s
             )
 
-        scored = await self._scatter(list(dict.fromkeys(request.media_ids)), ask, deadline)
+        scored, scored_age_ms = await self._scatter(list(dict.fromkeys(request.media_ids)), ask, deadline)
         shard_count = self._cluster.shard_count
         lost = {shard_of(i, shard_count): str(v) for i, v in scored.items() if isinstance(v, str)}
         good = sorted(
@@ -138,12 +141,12 @@ class Coordinator:
             [v[1] for _, v in good] if request.metadata else None,
         )
         asked = {shard_of(i, shard_count) for i in scored}
-        reply = self._reply(Found(columns, list(lost), len(asked), lost))
+        reply = self._reply(Found(columns, list(lost), len(asked), lost, max(age_ms, scored_age_ms)))
         reply["unknown"] = [i for i, v in scored.items() if v is None]
         return reply
 
     async def _get(self, request: requests.Get) -> dict[str, Any]:
-        records = await self.look_up(
+        records, age_ms = await self._look_up(
             request.kind, request.ids, self._deadline(request.timeout_ms), request.session
         )
         out: list[dict[str, Any] | None] = []
@@ -162,7 +165,7 @@ class Coordinator:
             if request.vector:
                 entry["vector"] = record.vector
             out.append(entry)
-        return {"records": out}
+        return {"records": out} | _stale(age_ms)
 
     # -- fan-out ------------------------------------------------------------------------------------------------
 
@@ -191,12 +194,6 @@ class Coordinator:
 
         return coverage.cover(shards, candidates, cluster.local)
 
-    def _lag_ms(self, name: str, shards: Sequence[int]) -> int:
-        """By how much the answer of a node may be too old; level replicas count as 0."""
-        lags = self._cluster.lags_ms(name)
-        worst = max((lags.get(shard, 0) for shard in shards), default=0)
-        return worst if worst > coverage.LAG_MS_MAX else 0
-
     def _try_s(self, deadline: float) -> float:
         """Time for the next try. The last bit of a deadline is not worth a message."""
         return min(self._config.try_ms / 1000, deadline - trio.current_time())
@@ -207,15 +204,18 @@ class Coordinator:
         request: requests.Query,
         deadline: float | None = None,
         drop: frozenset[int] = frozenset(),
+        age_ms: int = 0,
     ) -> Found:
-        """The best k over all shards, `drop` left out. Each node answers for all its asked shards in one message."""
+        """The best k over all shards, `drop` left out. Each node answers for all its asked shards in one message.
+
+        age_ms: of what the query was made from.
+        """
         deadline = deadline or self._deadline(request.timeout_ms)
         k = request.k + len(drop)
         parts: list[SearchReply] = []
         reasons: dict[int, str] = {}
         failed: set[tuple[str, int]] = set()
         missing: list[int] = []
-        stale_ms = 0
         todo: Sequence[int] = self._all
 
         async def ask(name: str, shards: list[int], timeout_s: float) -> None:
@@ -238,7 +238,6 @@ class Coordinator:
             again: list[int] = []
             assigned, unanswerable = self._assign(todo, failed)
             missing += unanswerable
-            stale_ms = max([stale_ms, *(self._lag_ms(name, shards) for name, shards in assigned.items())])
             timeout_s = self._try_s(deadline)
             if timeout_s <= 0:
                 missing += [shard for shards in assigned.values() for shard in shards]
@@ -256,43 +255,47 @@ class Coordinator:
         else:
             missing += todo
         self.counters["partial"] += bool(missing)
-        return Found(_merge(parts, request, drop), missing, len(self._all), reasons, stale_ms)
+        age_ms = max([age_ms, *(part.age_ms for part in parts)])
+        return Found(_merge(parts, request, drop), missing, len(self._all), reasons, age_ms)
 
-    async def _one_user(self, user_id: int, deadline: float, session: Session) -> StoredRecord:
-        (record,) = await self.look_up(Kind.USER, [user_id], deadline, session)
+    async def _one_user(self, user_id: int, deadline: float, session: Session) -> tuple[StoredRecord, int]:
+        """The user and how old, in ms, the replica that brought it may be."""
+        (record,), age_ms = await self._look_up(Kind.USER, [user_id], deadline, session)
         if not isinstance(record, StoredRecord):
             raise _missing_record("unknown_user", "user_id", user_id, record)
-        return record
+        return record, age_ms
 
-    async def look_up(
+    async def _look_up(
         self, kind: Kind, ids: Sequence[int], deadline: float, session: Session
-    ) -> list[StoredRecord | str | None]:
-        """Records by id, in order. A string is the code of why the id's shard could not answer."""
+    ) -> Answers[StoredRecord]:
+        """Records by id, in order, from all shards."""
 
-        async def ask(node: str, some: Sequence[int], timeout_s: float) -> Sequence[Any]:
+        async def ask(node: str, some: Sequence[int], timeout_s: float) -> Answers[Any]:
             return await self._cluster.node(node).get(kind, some, session, timeout_s)
 
-        found = await self._scatter(list(dict.fromkeys(ids)), ask, deadline)
-        return [found[i] for i in ids]
+        found, age_ms = await self._scatter(list(dict.fromkeys(ids)), ask, deadline)
+        return Answers([found[i] for i in ids], age_ms)
 
     async def _scatter(
         self,
         ids: list[int],
-        ask: Callable[[str, Sequence[int], float], Awaitable[Sequence[Any]]],
+        ask: Callable[[str, Sequence[int], float], Awaitable[Answers[Any]]],
         deadline: float,
-    ) -> dict[int, Any]:
-        """Ask each id's shard, one message per node, on another replica where one fails."""
+    ) -> tuple[dict[int, Any], int]:
+        """Ask each id's shard, one message per node, on another replica where one fails; also the answers' age in ms."""
         by_shard: dict[int, list[int]] = {}
         for id_ in ids:
             by_shard.setdefault(shard_of(id_, self._cluster.shard_count), []).append(id_)
         found: dict[int, Any] = dict.fromkeys(ids, "unavailable")
         failed: set[tuple[str, int]] = set()
         todo = list(by_shard)
+        ages_ms = [0]
 
         async def one(name: str, shards: list[int], timeout_s: float) -> None:
             wanted = [i for shard in shards for i in by_shard[shard]]
             try:
-                answers = await ask(name, wanted, timeout_s)
+                answers, age_ms = await ask(name, wanted, timeout_s)
+                ages_ms.append(age_ms)
             except (NodeGoneError, NodeError) as error:
                 answers = [error.code if isinstance(error, NodeError) else "unavailable"] * len(wanted)
             found.update(zip(wanted, answers, strict=True))
@@ -315,14 +318,16 @@ class Coordinator:
             todo = again
             if not todo:
                 break
-        return found
+        return found, max(ages_ms)
 
     @staticmethod
     def _reply(found: Found) -> dict[str, Any]:
-        reply: dict[str, Any] = {"hits": found.columns, "coverage": found.coverage()}
-        if found.stale_ms:
-            reply["stale_ms"] = found.stale_ms
-        return reply
+        return {"hits": found.columns, "coverage": found.coverage()} | _stale(found.age_ms)
+
+
+def _stale(age_ms: int) -> dict[str, int]:
+    """The reply's word that it may be too old; replicas that do not lag count as level."""
+    return {"stale_ms": age_ms} if age_ms > coverage.LAG_MS_MAX else {}
 
 
 def _merge(

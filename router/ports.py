@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from router.layout import Placement
 from router.requests import Session
 from storage.records import Kind, Operation
 from storage.view import ClassConstraint
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class SearchReply(NamedTuple):
     metadata: list[bytes] | None
     # Shards that were asked for and could not be answered here, with the code that says why.
     failed: dict[int, str]
+    # How old the oldest of the answering replicas may be, as its own node knows it; 0 for primaries.
+    age_ms: int
 
 
 class StoredRecord(NamedTuple):
@@ -45,6 +49,16 @@ class StoredRecord(NamedTuple):
     vector: bytes
     classes: tuple[int, ...]
     metadata: bytes
+
+
+class Answers(NamedTuple, Generic[T]):
+    """Answers in the order of the ids that were asked for.
+
+    None: no such record; a string: the code of the error that its shard has there. age_ms: as in SearchReply.
+    """
+
+    found: Sequence[T | str | None]
+    age_ms: int
 
 
 class Change(NamedTuple):
@@ -100,8 +114,7 @@ class Node(Protocol):
 
     async def get(
         self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
-    ) -> list[StoredRecord | str | None]:
-        """In order; None: no such record; a string: the code of the error that its shard has here."""
+    ) -> Answers[StoredRecord]: ...
 
     async def score(
         self,
@@ -110,7 +123,7 @@ class Node(Protocol):
         metadata: bool,
         session: Session,
         timeout_s: float,
-    ) -> list[tuple[float, bytes] | str | None]: ...
+    ) -> Answers[tuple[float, bytes]]: ...
 
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]: ...
 

@@ -128,6 +128,11 @@ class Log:
             return self._segments[0].header.first_sequence
 
     @property
+    def last_timestamp_ns(self) -> int:
+        """Of the last record; 0 when there is none, or it came with a snapshot."""
+        return self._last_timestamp_ns
+
+    @property
     def torn_bytes(self) -> int:
         """Bytes of a torn batch that the last open cut off; nobody was told that they were written."""
         return self._torn_bytes
@@ -310,7 +315,8 @@ class Log:
     def drop_before(self, sequence: int, older_than_ns: int) -> int:
         """Remove whole segments whose records are all below `sequence` and stamped before older_than_ns; how many.
 
-        The last segment stays. Raises OSError; then some may be gone, oldest first.
+        The last segment stays, and the one with the last record: a pull names that record. Raises OSError; then
+        some may be gone, oldest first.
         """
         dropped = 0
         while True:
@@ -318,7 +324,10 @@ class Log:
                 if len(self._segments) < 2:
                     break
                 following = self._segments[1].header
-                if following.first_sequence > sequence or following.previous_timestamp_ns >= older_than_ns:
+                if (
+                    following.first_sequence > min(sequence, self.last.sequence)
+                    or following.previous_timestamp_ns >= older_than_ns
+                ):
                     break
                 oldest = self._segments.pop(0)
             oldest.path.unlink(missing_ok=True)

@@ -72,11 +72,13 @@ class Parts:
     write_ids: WriteIds
 
     def close(self) -> None:
-        for space in self.spaces.values():
-            space.file.close()
-        self.log.close()
-        self.table.close(seal=False)
-        self.owner.close()
+        """All of them, whatever fails: a table that stays open could not be opened again in this process."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.owner.close)
+            stack.callback(self.table.close, seal=False)
+            for space in self.spaces.values():
+                stack.callback(space.file.close)
+            stack.callback(self.log.close)
 
 
 def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConfig) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from storage.errors import DiskFullError, IndexingError, ReplicaStoppedError, St
 from storage.index import make_engine
 from storage.index.base import Engine
 from storage.lookups import Row
-from storage.records import Kind, Operation, Record, Version
+from storage.records import EMPTY, Fingerprint, Kind, Operation, Record, Version, fingerprint
 from storage.replaying import Replay
 from storage.saved_graph import SavedGraph
 from storage.space import Space, WriteRows, space_figures
@@ -119,9 +120,18 @@ class Replica:
         """The newest timestamp among records with a remembered write_id: the clock of a shard never goes back before it."""
         return self._write_ids.newest_ns
 
+    @property
+    def logged_ns(self) -> int:
+        """The last record's timestamp; 0 when it is not known."""
+        return self._log.last_timestamp_ns
+
     def read_log(self, after: int, max_bytes: int) -> bytes:
         """Whole durable records with sequence > after, at least one if there is one. Raises LogGoneError."""
         return self._log.read_after(after, max_bytes)
+
+    def fingerprint(self, sequence: int) -> Fingerprint:
+        """Of the log's record at `sequence`, at most its last; EMPTY for 0. Raises LogGoneError, DamagedError."""
+        return fingerprint(self._log.read_after(sequence - 1, 1)) if sequence else EMPTY
 
     def fresh_rows(self) -> int:
         """Rows that the graph does not have yet; they are scanned."""
@@ -313,7 +323,8 @@ class Replica:
             except (DiskFullError, ReplicaStoppedError):
                 # The log has it all: closing must not fail for want of room.
                 sealed = False
-        self._close_files(seal=sealed)
+        with contextlib.suppress(OSError):  # likewise: a seal that cannot be written is left out
+            self._close_files(seal=sealed)
 
     def abort(self) -> None:
         """Closes files and writes nothing, as a crash would; what jobs have left is cleared at the next open."""
@@ -330,13 +341,12 @@ class Replica:
             self._compaction.abandon()
 
     def _close_files(self, *, seal: bool) -> None:
-        try:
-            self._log.close()
-        finally:
+        with contextlib.ExitStack() as stack:  # each of them, whatever fails
+            stack.callback(self._owner.close)
+            stack.callback(self._table.close, seal=seal)
             for space in self._spaces.values():
-                space.file.close()
-            self._table.close(seal=seal)
-            self._owner.close()
+                stack.callback(space.file.close)
+            stack.callback(self._log.close)
 
     def _recover(self, start: float) -> None:
         verified = time.monotonic()

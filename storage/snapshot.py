@@ -37,8 +37,10 @@ def export(directory: Path, *, table: Table, files: Mapping[Kind, RowFile], inde
         # The table first: rows that it does not know yet may follow in the files, and are cut off below.
         table.copy(directory / "table")
         copied = Table.open(directory / "table")
-        state = copied.state()
-        copied.close(seal=False)
+        try:
+            state = copied.state()
+        finally:
+            copied.close(seal=False)
         (directory / "table" / "lock.mdb").unlink(missing_ok=True)
         assert state is not None, "a replica commits a state before anything else"
         for kind, file in files.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from functools import reduce
 from operator import xor
 from typing import Any
@@ -287,35 +286,33 @@ class Space:
         rows, ids, blobs, counts = [], [], [], []
         hash64, unpack, buckets = xxh3_64_intdigest, TAIL.unpack_from, self.buckets
         kind, total = int(self.kind), 0
-        # Closed at once when something is wrong: its transaction must not outlive the table.
-        with closing(table.scan(self.kind)) as pairs:
-            for key, entry in pairs:
-                total += 1
-                id = int.from_bytes(key, "big")
-                if len(key) != 8 or not entries.intact(id, entry):
-                    raise DamagedError(
-                        table.path, None, f"checksum of the entry of {kind_id(self.kind, id)} does not match"
-                    )
-                row, _, _, body_check, class_count, operation, entry_kind = unpack(entry, 4)
-                buckets[id & 255] ^= hash64(entry[CONTENT], id)
-                if operation != _PUT:
-                    continue
-                if row >= state.rows or seen[row] or entry_kind != kind:
-                    raise DamagedError(
-                        table.path, None, f"the entry of {kind_id(self.kind, id)} points at row {row}"
-                    )
-                seen[row] = 1
-                start = row * row_bytes
-                if hash64(b"".join((raw[start : start + row_bytes], entry[36:]))) != body_check:
-                    raise DamagedError(
-                        self.file.path,
-                        self.file.offset(row),
-                        f"the row of {kind_id(self.kind, id)} does not match its checksum",
-                    )
-                rows.append(row)
-                ids.append(id)
-                blobs.append(entry[36 : 36 + 2 * class_count])
-                counts.append(class_count)
+        for key, entry in table.scan(self.kind):
+            total += 1
+            id = int.from_bytes(key, "big")
+            if len(key) != 8 or not entries.intact(id, entry):
+                raise DamagedError(
+                    table.path, None, f"checksum of the entry of {kind_id(self.kind, id)} does not match"
+                )
+            row, _, _, body_check, class_count, operation, entry_kind = unpack(entry, 4)
+            buckets[id & 255] ^= hash64(entry[CONTENT], id)
+            if operation != _PUT:
+                continue
+            if row >= state.rows or seen[row] or entry_kind != kind:
+                raise DamagedError(
+                    table.path, None, f"the entry of {kind_id(self.kind, id)} points at row {row}"
+                )
+            seen[row] = 1
+            start = row * row_bytes
+            if hash64(b"".join((raw[start : start + row_bytes], entry[36:]))) != body_check:
+                raise DamagedError(
+                    self.file.path,
+                    self.file.offset(row),
+                    f"the row of {kind_id(self.kind, id)} does not match its checksum",
+                )
+            rows.append(row)
+            ids.append(id)
+            blobs.append(entry[36 : 36 + 2 * class_count])
+            counts.append(class_count)
         self.rows, self.alive, self.entries = state.rows, len(rows), total
         if (total, self.digest()) != (state.entries, state.digest):
             raise DamagedError(

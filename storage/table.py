@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -14,18 +14,20 @@ from typing import Any
 
 import lmdb
 import numpy as np
-from xxhash import xxh3_64, xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest
 
 from storage.entries import kind_name
 from storage.errors import DamagedError, DiskFullError, FormatError, ReplicaStoppedError, StorageError
 from storage.records import Kind, Version
+from storage.table_seal import check_seal, write_seal
 
 FORMAT_VERSION = 1
 MAP_BYTES = 1 << 30
 _STATE_KEY = b"state"
 NOWHERE = Version(0, 0)
 _KINDS = (Kind.ITEM, Kind.USER)
-_READ_BYTES = 1 << 20
+# Entries read under one hold of the lock: about a millisecond, because the event loop may wait for it.
+_SCAN_STEP = 512
 Lookup = Callable[[bytes], bytes | None]
 
 
@@ -78,6 +80,9 @@ class Table:
         # Held around every read transaction and around changes of the map's size, which LMDB allows only
         # while no transaction of this process is open.
         self._lock = threading.Lock()
+        # Held around changes of the map and around `copy`, which reads all of it without holding readers up. Taken after
+        # `_writer` and before `_lock`.
+        self._mapped = threading.Lock()
         self._writer = threading.Lock()
         self._env = lmdb.open(
             str(directory), map_size=self._map_bytes, max_dbs=16, max_spare_txns=4, meminit=False, mode=0o640
@@ -104,7 +109,7 @@ class Table:
                     table._must_be_empty()
                 table._drop_where(lambda kind, rowset: rowset != table._current[kind])
         except BaseException:
-            table._env.close()
+            table.close(seal=False)
             raise
         return table
 
@@ -133,19 +138,28 @@ class Table:
             with txn.cursor() as cursor:
                 return dict(cursor.getmulti(keys))
 
-    def scan(
-        self, kind: Kind, *, after: int = -1, limit: int | None = None
-    ) -> Generator[tuple[bytes, bytes], None, None]:
+    def scan(self, kind: Kind, *, after: int = -1, limit: int | None = None) -> Iterator[tuple[bytes, bytes]]:
         """(key, entry) of the current rowset in key order, ids greater than `after`, at most `limit`.
 
-        Holds the reading lock until it is exhausted or closed: give a small limit where others read.
+        Read in steps: between two of them nothing is held, so that the table may be changed or closed.
         """
         if after >= (1 << 64) - 1:
             return
-        first = (after + 1).to_bytes(8, "big")
-        with self._lock, self._failing(), self._env.begin(db=self._db(kind)) as txn, txn.cursor() as cursor:
-            if cursor.set_range(first):
-                yield from islice(cursor, limit)
+        first, left = (after + 1).to_bytes(8, "big"), limit
+        while left is None or left > 0:
+            step = _SCAN_STEP if left is None else min(left, _SCAN_STEP)
+            with (
+                self._lock,
+                self._failing(),
+                self._env.begin(db=self._db(kind)) as txn,
+                txn.cursor() as cursor,
+            ):
+                pairs = list(islice(cursor, step)) if cursor.set_range(first) else []
+            yield from pairs
+            if len(pairs) < step:
+                return
+            # The least key after the last one.
+            first, left = pairs[-1][0] + b"\0", None if left is None else left - step
 
     def write_ids(self) -> list[tuple[bytes, bytes]]:
         """(write_id, value) pairs, verified. Raises DamagedError."""
@@ -220,7 +234,7 @@ class Table:
     def copy(self, directory: Path) -> None:
         """A compact, consistent, fsynced copy."""
         directory.mkdir(parents=True)
-        with self._failing():
+        with self._mapped, self._failing():
             self._env.copy(str(directory), compact=True)
         fd = os.open(directory / "data.mdb", os.O_RDONLY)
         try:
@@ -229,8 +243,12 @@ class Table:
             os.close(fd)
 
     def close(self, *, seal: bool) -> None:
-        """Closes; `seal` leaves a checksum of the whole file for the next open."""
-        self._env.close()
+        """Closes; `seal` leaves a checksum of the whole file for the next open. Waits for calls in other threads.
+
+        To close unmaps the file: a thread that is reading it then would end the process.
+        """
+        with self._writer, self._mapped, self._lock:
+            self._env.close()
         if seal:
             write_seal(self.directory)
 
@@ -283,7 +301,7 @@ class Table:
                     with self._env.begin(write=True) as txn:
                         work(txn)
                 except lmdb.MapFullError:
-                    with self._lock:
+                    with self._mapped, self._lock:
                         self._map_bytes *= 2
                         self._env.set_mapsize(self._map_bytes)
                 else:
@@ -295,59 +313,6 @@ class Table:
             yield
         except lmdb.Error as error:
             raise _mapped(error, self.path) from error
-
-
-def write_seal(directory: Path) -> None:
-    """The size and checksum of a table that nobody has open, fsynced."""
-    size, check = _file_check(directory / "data.mdb")
-    temporary = directory / "seal.tmp"
-    text = json.dumps({"format": FORMAT_VERSION, "bytes": size, "xxh3": f"{check:016x}"})
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(directory / "seal")
-    _sync_directory(directory)
-
-
-def check_seal(directory: Path, *, remove: bool = True) -> bool:
-    """Whether a clean close has left a seal. Raises DamagedError when the table is not what was sealed.
-
-    The seal goes, durably, before anything is written: a seal of an older content would cry damage falsely.
-    """
-    path = directory / "seal"
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    try:
-        sealed = json.loads(text)
-        expected = (sealed["bytes"], int(sealed["xxh3"], 16))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(path, None, "it cannot be read") from error
-    if not (directory / "data.mdb").exists() or _file_check(directory / "data.mdb") != expected:
-        raise DamagedError(directory / "data.mdb", None, "it is not what was there at the last clean close")
-    if remove:
-        path.unlink()
-        _sync_directory(directory)
-    return True
-
-
-def _file_check(path: Path) -> tuple[int, int]:
-    digest, size = xxh3_64(), 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return size, digest.intdigest()
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _pairs(entries: Mapping[int, bytes]) -> list[tuple[bytes, bytes]]:

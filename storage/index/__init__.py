@@ -10,7 +10,7 @@ __all__ = ["Engine", "make_engine"]
 
 def make_engine(config: StorageConfig) -> Engine:
     """The engine that `config.engine` names. Raises ValueError for a name that is none."""
-    # Imported here: faiss alone takes 0.2 s and 60 MB, which a process with another engine need not pay.
+    # Imported here: a client or a coordinator that holds no shard need not load faiss and hnswlib.
     if config.engine == "exact":
         from storage.index.exact import ExactEngine
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.config import StorageConfig
-from storage.index import scan
+from storage.index import few, scan
 from storage.index.constraints import MatchingCache
 from storage.index.rescore import rescore
 from storage.index.scan import Candidates, Group, Rows
@@ -73,7 +73,7 @@ class ExactEngine:
         groups = grouped(view, constraints, self._matchings)
         survivors = self.survivors(view, queries, k, groups)
         self._searches += len(queries)
-        return rescore(view, queries, survivors, k, self._config.metric)
+        return rescore(view, queries, survivors, k, self._config.metric, self._config.threads)
 
     def survivors(
         self,
@@ -118,6 +118,10 @@ class ExactEngine:
         start: int,
         result: list[Rows],
     ) -> None:
+        if k <= few.K_MAX and sum(len(group.queries) for group in groups) <= few.QUERIES_MAX:
+            groups = self._scan_few(view, wide, k, margins, groups, start, result)
+            if not groups:
+                return
         chosen = np.sort(np.concatenate([group.queries for group in groups]))
         local = [Group(np.searchsorted(chosen, g.queries), g.matching) for g in groups]
         candidates = Candidates(len(chosen), k, margins[chosen])
@@ -125,6 +129,29 @@ class ExactEngine:
         scan.scan(self._blocks(view, start), wide[chosen], flags, candidates)
         for query, rows in zip(chosen.tolist(), candidates.survivors(), strict=True):
             result[query] = rows
+
+    def _scan_few(
+        self,
+        view: ShardView,
+        wide: scan.Float32,
+        k: int,
+        margins: npt.NDArray[np.float64],
+        groups: Sequence[Group],
+        start: int,
+        result: list[Rows],
+    ) -> list[Group]:
+        """Fill in `result` what a scan for one query finds; the queries that it could not answer."""
+        left = []
+        for group in groups:
+            for query in group.queries.tolist():
+                rows = few.survivors(
+                    view, start, wide[query], k, float(margins[query]), group.matching, self._config.threads
+                )
+                if rows is None:
+                    left.append(Group(np.array([query], np.int64), group.matching))
+                else:
+                    result[query] = rows
+        return left
 
     def _blocks(self, view: ShardView, start: int) -> scan.Blocks:
         resident = self._resident_for(view) if start == 0 else None

@@ -41,7 +41,6 @@ EF_MAX = 4096
 class Graph(Protocol):
     """One library's graph over rows [0, rows). Not safe by itself: `GraphEngine` holds the turns."""
 
-    codes: str
     # How much a score from `search` may be wrong beyond float32 summation, for unit vectors.
     noise: float
 
@@ -50,7 +49,12 @@ class Graph(Protocol):
     @property
     def bytes_per_vector(self) -> float: ...
     def reserve(self, rows: int) -> None: ...
-    def add(self, vectors: npt.NDArray[np.float16]) -> None: ...
+    def add(self, vectors: npt.NDArray[np.float16]) -> None:
+        """All of `vectors`, or none when `fitting` would now give another graph."""
+
+    def fitting(self, vectors: npt.NDArray[np.float16]) -> Graph:
+        """Itself, or an equal graph that suits its rows, the first of `vectors`, and what is asked of it better."""
+
     def search(
         self, queries: npt.NDArray[np.float16], count: int, ef: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -59,15 +63,17 @@ class Graph(Protocol):
     def write(self, path: Path) -> None: ...
 
 
-MakeGraph = Callable[[StorageConfig], Graph]
+MakeGraph = Callable[[StorageConfig, npt.NDArray[np.float16]], Graph]
 ReadGraph = Callable[[StorageConfig, Path, int], "Graph | None"]
 
 
 class GraphEngine:
-    """An `Engine` over any `Graph`."""
+    """An `Engine` over any `Graph`. codes: names what the graph walks, so that another kind's file is not taken."""
 
-    def __init__(self, name: str, config: StorageConfig, make: MakeGraph, read: ReadGraph) -> None:
-        self._name, self._config, self._make, self._read = name, config, make, read
+    def __init__(
+        self, name: str, codes: str, config: StorageConfig, make: MakeGraph, read: ReadGraph
+    ) -> None:
+        self._name, self._codes, self._config, self._make, self._read = name, codes, config, make, read
         self._exact = ExactEngine(replace(config, float32_budget_bytes=0))
         self._matchings = MatchingCache()
         self._turns = Turns()
@@ -101,7 +107,7 @@ class GraphEngine:
                 walked, whole = _apart(walked, unsure), whole + unsure
         for part, low in ((whole, 0), (walked, start)):
             self._scan(view, queries, k, part, low, survivors)
-        return rescore(view, queries, survivors, k, self._config.metric)
+        return rescore(view, queries, survivors, k, self._config.metric, self._config.threads)
 
     def _walk_width(self, group: Group, start: int, k: int) -> int:
         """The ef with which the graph answers this group, or 0: an exact scan is cheaper or the only way."""
@@ -179,13 +185,9 @@ class GraphEngine:
         with self._builder:
             if view.rows < self._config.graph_rows_min:
                 return False
+            self._graph_for(view)  # a new one takes a second to fit its codes, which is no step's time
             until = time.monotonic() + budget_s
-            held = self._held
-            if held is None or held[0] != view.rowset:
-                held = (view.rowset, self._make(self._config))
-                self._held = held
-            graph = held[1]
-            while graph.rows < view.rows:
+            while (graph := self._graph_for(view)).rows < view.rows:
                 now = time.monotonic()
                 if now >= until:
                     return True
@@ -204,6 +206,16 @@ class GraphEngine:
                 self._step_rows = max(STEP_ROWS_MIN, min(step, STEP_ROWS_MAX))
             return False
 
+    def _graph_for(self, view: ShardView) -> Graph:
+        """The graph to add rows of `view` to, from now on the one that is searched."""
+        held, vectors = self._held, view.vectors[: view.rows]
+        if held is None or held[0] != view.rowset:
+            graph = self._make(self._config, vectors)
+        else:
+            graph = held[1].fitting(vectors) if held[1].rows <= view.rows else held[1]
+        self._held = (view.rowset, graph)
+        return graph
+
     def covered(self, view: ShardView) -> int:
         """As the protocol says; below `graph_rows_min` no row waits for a graph, so all count as covered."""
         held = self._held
@@ -218,12 +230,11 @@ class GraphEngine:
             if held is None or not held[1].rows:
                 return
             rowset, graph = held
-            saved.save(directory, self._parameters(rowset, graph.codes), graph.rows, graph.write)
+            saved.save(directory, self._parameters(rowset), graph.rows, graph.write)
 
     def load(self, directory: Path, view: ShardView) -> bool:
         with self._builder:
-            codes = self._make(self._config).codes
-            found = saved.find(directory, self._parameters(view.rowset, codes), view.rows)
+            found = saved.find(directory, self._parameters(view.rowset), view.rows)
             if found is None:
                 return False
             path, rows = found
@@ -233,11 +244,11 @@ class GraphEngine:
             self._held = (view.rowset, graph)
             return True
 
-    def _parameters(self, rowset: int, codes: str) -> saved.Parameters:
+    def _parameters(self, rowset: int) -> saved.Parameters:
         c = self._config
         return saved.Parameters(
             engine=self._name,
-            codes=codes,
+            codes=self._codes,
             m=c.m,
             ef_construction=c.ef_construction,
             metric=c.metric,
@@ -252,7 +263,7 @@ class GraphEngine:
             "graph_rows": 0 if held is None else held[1].rows,
             # Beyond the view's own FP16 rows.
             "bytes_per_vector": 0.0 if held is None else held[1].bytes_per_vector,
-            "codes": None if held is None else held[1].codes,
+            "codes": None if held is None else self._codes,
             "rowset": None if held is None else held[0],
             "step_rows": self._step_rows,
             "queries_walked": self._walked,

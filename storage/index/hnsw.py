@@ -18,7 +18,6 @@ from storage.index.graph import GraphEngine
 class HnswlibGraph:
     """`Graph` by hnswlib (inner product; unit rows make it the cosine)."""
 
-    codes = "float32"
     noise = 0.0
 
     def __init__(self, config: StorageConfig, path: Path | None = None, rows: int = 0) -> None:
@@ -51,6 +50,10 @@ class HnswlibGraph:
         rows = self.rows
         self._index.add_items(vectors.astype(np.float32), np.arange(rows, rows + len(vectors)))
 
+    def fitting(self, vectors: npt.NDArray[np.float16]) -> HnswlibGraph:
+        """Whole float32 rows suit everything."""
+        return self
+
     def search(
         self, queries: npt.NDArray[np.float16], count: int, ef: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -82,6 +85,10 @@ class HnswlibGraph:
             raise OSError(f"writing the graph to {path} failed in the child process (wait status {status})")
 
 
+def make(config: StorageConfig, vectors: npt.NDArray[np.float16]) -> HnswlibGraph:
+    return HnswlibGraph(config)
+
+
 def read(config: StorageConfig, path: Path, rows: int) -> HnswlibGraph | None:
     """A saved graph; None when hnswlib refuses the file."""
     try:
@@ -91,4 +98,4 @@ def read(config: StorageConfig, path: Path, rows: int) -> HnswlibGraph | None:
 
 
 def hnsw_engine(config: StorageConfig) -> GraphEngine:
-    return GraphEngine("hnsw", config, HnswlibGraph, read)
+    return GraphEngine("hnsw", "float32", config, make, read)

@@ -16,20 +16,37 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.config import Metric
+from storage.index.scan import widen
+from storage.index.workers import in_pieces
 from storage.view import Hits, ShardView
 
 Rows = npt.NDArray[np.int64]
-# Rows converted to float64 at a time: 8 MiB at 1,024 dimensions.
-_CHUNK = 1024
+# Rows converted to float64 at a time: 1 MiB at 1,024 dimensions.
+_CHUNK = 128
 
 
 def rescore(
-    view: ShardView, queries: npt.NDArray[np.float16], survivors: Sequence[Rows], k: int, metric: Metric
+    view: ShardView,
+    queries: npt.NDArray[np.float16],
+    survivors: Sequence[Rows],
+    k: int,
+    metric: Metric,
+    threads: int,
 ) -> list[Hits]:
     """Best k of each query's survivors, by exact score.
 
     queries: float16 [batch, dim]; survivors: one int64 [n] of row numbers of `view` per query, no row twice.
     """
+
+    def piece(low: int, high: int) -> list[Hits]:
+        return _rescored(view, queries[low:high], survivors[low:high], k, metric)
+
+    return [hits for hits_of in in_pieces(len(queries), threads, piece) for hits in hits_of]
+
+
+def _rescored(
+    view: ShardView, queries: npt.NDArray[np.float16], survivors: Sequence[Rows], k: int, metric: Metric
+) -> list[Hits]:
     counts = np.array([len(rows) for rows in survivors], np.int64)
     starts = np.concatenate(([0], np.cumsum(counts)))
     total = int(starts[-1])
@@ -38,10 +55,12 @@ def rescore(
     rows = np.concatenate(survivors)
     scores = np.empty(total, np.float32)
     wide = queries.astype(np.float64)
+    buffer = np.empty((min(_CHUNK, total), queries.shape[1]), np.float32)
     query = 0
     for low in range(0, total, _CHUNK):
         high = min(low + _CHUNK, total)
-        gathered = view.vectors[rows[low:high]].astype(np.float64)
+        widen(view.vectors[rows[low:high]], buffer[: high - low])
+        gathered = buffer[: high - low].astype(np.float64)  # by float32: half the time of numpy's own way
         at = low
         while at < high:
             while starts[query + 1] <= at:

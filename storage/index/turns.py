@@ -47,8 +47,9 @@ class Turns:
             until = time.monotonic() + self._patience_s
             while self._building or self._searching or (self._wanting and not self._insisting):
                 left = until - time.monotonic()
-                if left <= 0 and not self._building:
+                if left <= 0 and not self._building and not self._insisting:
                     self._insisting = True  # new searches wait; those that run finish
+                    continue  # when none runs, those that wait will not wake us
                 self._condition.wait(left if left > 0 else None)
             self._insisting = False
             self._building = True

@@ -8,8 +8,8 @@ from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
-# Small enough that a thread which a busy host delays does not hold up the batch, large enough to be worth a
-# hand-over (some 50 µs).
+# At most this many in a piece: few enough that a thread which a busy host delays does not hold up the batch, enough
+# to be worth a hand-over (some 50 µs).
 PIECE = 16
 
 
@@ -18,9 +18,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="gmco-search")
 
 
-def in_pieces(total: int, threads: int, work: Callable[[int, int], T]) -> Sequence[T]:
-    """work(low, high) for consecutive pieces of [0, total), in order; on the caller's thread when there is but one."""
-    bounds = [(low, min(low + PIECE, total)) for low in range(0, total, PIECE)]
-    if threads <= 1 or len(bounds) < 2:
+def in_pieces(total: int, threads: int, work: Callable[[int, int], T], piece_max: int = PIECE) -> Sequence[T]:
+    """work(low, high) for consecutive pieces of [0, total), in order; on the caller's thread when there is but one.
+
+    Pieces are equally long and as many for each thread, so that none waits for the last one.
+    """
+    if threads <= 1 or total <= piece_max:
         return [work(0, total)]
-    return list(_pool(threads).map(lambda bound: work(*bound), bounds))
+    count = threads * -(-total // (threads * piece_max))
+    bounds = [total * i // count for i in range(count + 1)]
+    return list(_pool(threads).map(work, bounds[:-1], bounds[1:]))

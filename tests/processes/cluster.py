@@ -57,10 +57,14 @@ class Daemon:
     def data(self) -> Path:
         return self.folder / self.name
 
-    def start(self, *, wait: bool = True, env: dict[str, str] | None = None) -> None:
+    def start(self, *, wait: bool = True, env: dict[str, str] | None = None, files: int = 0) -> None:
+        """files: how many the process may open; 0 leaves it as it is."""
+        command = [sys.executable, "-m", "node.main", "run", str(self.config)]
+        if files:
+            command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "node.main", "run", str(self.config)],
+                command,
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,

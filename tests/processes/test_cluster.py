@@ -114,7 +114,8 @@ def test_a_killed_node_costs_no_read_and_comes_back_level(tmp_path: Path) -> Non
                 client.put_items([item], timeout_s=0.3)  # the client waits that long for a primary
                 written += 1
             except gmco.GmcoError as error:
-                assert error.code in ("no_primary", "outcome_unknown")
+                # The last of its tries may begin too late to be answered.
+                assert error.code in ("no_primary", "outcome_unknown", "deadline_exceeded")
         assert 0 < written < 20, "shards of living primaries take writes, the others say no_primary"
         daemons[0].start()
         client.put_items(_items(100, seed=3), ack="all")

@@ -96,7 +96,7 @@ def test_a_cosine_score_is_the_true_sum_rounded_once(seed: int, dim: int) -> Non
         np.array([1], np.uint8),
         1,
     )
-    (hits,) = rescore(view, q[None], [np.array([0])], 1, "cosine")
+    (hits,) = rescore(view, q[None], [np.array([0])], 1, "cosine", 1)
     true = sum(Fraction(float(a)) * Fraction(float(b)) for a, b in zip(x, q, strict=True))
     assert hits.scores[0] == np.float32(float(true))
     assert Fraction(float(true)) == true

@@ -120,7 +120,22 @@ class Nemesis:
             host = next((one for one in self.sim.hosts.values() if one.leads), host)
             self.lose_disk(host)
             return
+        if point == "promised" and self.random.random() < 0.5:
+            self.forget(host)
+            return
         getattr(self, self.random.choice(["crash", "crash", "isolate", "cut_link", "pause"]))(host)
+
+    def forget(self, host: Host) -> None:
+        """Who has just promised starts again, and the others cannot hear each other: what it promised is its disk's to know."""
+        others = {name for name in self.sim.names if name != host.name}
+
+        def strike() -> None:
+            if host.running:
+                self.sim.network.cut = lambda a, b: a in others and b in others
+                host.crash()
+                self.sim.at(self.sim.now + 0.02, lambda: self.restart(host))
+
+        self.sim.at(self.sim.now + self.random.uniform(0.001, 0.006), strike)
 
     def act(self) -> None:
         if self.stopped:

@@ -114,6 +114,8 @@ class Sim:
         self.opened: dict[int, str] = {}
         self.violations: list[str] = []
         self.newest_acknowledged = 0
+        # key → the greatest version of a delete that a quorum has acknowledged.
+        self.deleted: dict[str, Version] = {}
         # (write_id, version) of what was offered again when something newer had long taken its place.
         self.superseded: set[tuple[int, Version]] = set()
         self.points: dict[str, int] = {}
@@ -191,6 +193,7 @@ class Host:
         self.opened = 0
         self.flushing = False
         self.offering: set[int] = set()
+        self.opened_in_this_life: set[int] = set()
         self.pulled_at = -1e9
         self.announced: tuple[int, str] = (0, "")
         self.election = Election(
@@ -318,6 +321,7 @@ class Host:
         if before != self.name:
             self.sim.violations.append(f"one-primary: epoch {epoch} opened by {before} and {self.name}")
         self.positions = {}
+        self.opened_in_this_life.add(epoch)
         self._append(
             Rec(epoch, len(self.log) + 1, Version(epoch, len(self.log) + 1), "epoch", value=self._admit)
         )
@@ -365,6 +369,10 @@ class Host:
         if version is None:
             sequence = len(self.log) + 1
             version = Version(self.election.epoch, sequence)
+            if version.epoch not in self.opened_in_this_life:
+                self.sim.violations.append(
+                    f"own-epoch: {self.name} writes in {version.epoch} without having opened it"
+                )
             self._append(Rec(version.epoch, sequence, version, op, key, value, write_id))
             self.written[write_id] = version
         # Of an older epoch, or of a batch under way: settled with what is in the log by now.
@@ -373,6 +381,8 @@ class Host:
         def told(ok: bool) -> None:
             if ok:
                 self.sim.acknowledged(epoch, self.name)
+                if op == "delete" and ack == "quorum":
+                    self.sim.deleted[key] = max(answer, self.sim.deleted.get(key, NOTHING))
             # The session's token is a place in the log; a version may be of a place that was cut.
             done("ok" if ok else "unknown", answer, Version(self.log[at - 1].epoch, at) if ok else None)
 
@@ -451,7 +461,7 @@ class Host:
 
     def _purge(self) -> None:
         """Raise the floor, now and then, to what every replica has passed."""
-        if self.sim.random.random() > 0.02:
+        if self.sim.random.random() > 0.1:
             return
         passed = self.synced if "tombstone-purged-early" in self.sim.bugs else self._reached("all")
         if passed and any(row.value is None for row in self.table.values()):
@@ -589,6 +599,10 @@ class Host:
         if not batch or self.full:
             self._later(0.2 if self.full else 0.0, self._pull)
             return
+        if epoch < self.disk.promised:
+            self.sim.violations.append(
+                f"promise-binds: {self.name} takes epoch {epoch}, promised {self.disk.promised}"
+            )
         for rec in batch:
             self.log.append(rec)
             self.starts.begin(rec.epoch, rec.sequence)
@@ -637,6 +651,10 @@ class Host:
                 self.disk.quarantine.append(rec)
                 aside.append(rec)
                 continue
+            if row is None and rec.op == "put" and rec.version < self.sim.deleted.get(rec.key, NOTHING):
+                self.sim.violations.append(
+                    f"deletes-stay: {self.name} brings back {rec.key} {tuple(rec.version)}"
+                )
             self._append(rec._replace(epoch=self.election.epoch, sequence=len(self.log) + 1))
         ack = "primary" if "side-file-deleted-early" in self.sim.bugs else "quorum"
 

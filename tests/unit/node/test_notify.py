@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 import trio
+import trio.testing
 
 from node.logs import configure, every
 from node.notify import Notifier
@@ -36,8 +37,8 @@ def test_states_arrive(manager: tuple[socket.socket, str]) -> None:
     assert sock.recv(4096).decode() == f"READY=1\nMAINPID={os.getpid()}\nSTATUS=12 shards READY=0"
     assert notifier.status("busy")
     assert sock.recv(4096) == b"STATUS=busy"
-    assert notifier.extend_timeout(1.5)
-    assert sock.recv(4096) == b"EXTEND_TIMEOUT_USEC=1500000"
+    assert notifier.extend_timeout(1.5, "1 of 2")
+    assert sock.recv(4096) == b"EXTEND_TIMEOUT_USEC=1500000\nSTATUS=1 of 2"
     assert notifier.stopping()
     assert sock.recv(4096) == b"STOPPING=1\nSTATUS=stopping"
     notifier.close()

@@ -5,17 +5,30 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.replication import Diverged, Progress, PullAgain, Refuse, Take, on_pull_reply
-from storage.records import Version
+from node.replication import Diverged, LookUp, Matched, Progress, PullAgain, Refuse, Take, on_pull_reply
+from storage.records import EMPTY, Fingerprint, Version
+
+
+def record(sequence: int, history: int = 0) -> Fingerprint:
+    """The record at `sequence` of one of several histories; of all logs, the empty one is the same."""
+    return Fingerprint(1, sequence, 1_000 * history + sequence) if sequence else EMPTY
+
+
+def name(progress: Progress, follower: str, named: Fingerprint) -> Matched | Diverged:
+    """A pull, with a look-up in a primary's log of history 0 where one is asked for."""
+    step = progress.pulled(follower, named)
+    if isinstance(step, LookUp):
+        return progress.found(follower, named, record(named.sequence))
+    return step
 
 
 def test_quorum_is_the_middle_and_all_the_least() -> None:
     progress = Progress("a", ("a", "b", "c"))
     progress.durable(10, 0.0)
     assert (progress.reached("primary"), progress.reached("quorum"), progress.reached("all")) == (10, 0, 0)
-    progress.named("b", 7)
+    name(progress, "b", record(7))
     assert (progress.reached("quorum"), progress.reached("all")) == (7, 0)
-    progress.named("c", 3)
+    name(progress, "c", record(3))
     assert (progress.reached("quorum"), progress.reached("all")) == (7, 3)
     assert [progress.count(n) for n in (3, 7, 8, 11)] == [3, 2, 1, 0]
 
@@ -24,11 +37,10 @@ def test_quorum_is_the_middle_and_all_the_least() -> None:
 def test_reached_is_what_that_many_disks_hold(pulls: list[tuple[str, int]], count: int) -> None:
     voters = tuple("abcde"[:count])
     progress = Progress("a", voters)
+    progress.durable(50, 0.0)
     for voter, sequence in pulls:
-        if voter == "a":
-            progress.durable(sequence, 0.0)
-        else:
-            progress.named(voter, sequence)
+        if voter != "a":
+            name(progress, voter, record(sequence))
     quorum = progress.reached("quorum")
     assert progress.count(quorum) * 2 > count
     assert progress.count(quorum + 1) * 2 <= count
@@ -38,10 +50,59 @@ def test_reached_is_what_that_many_disks_hold(pulls: list[tuple[str, int]], coun
 
 def test_a_stranger_and_an_old_pull_change_nothing() -> None:
     progress = Progress("a", ("a", "b", "c"))
-    progress.named("z", 100)
-    progress.named("b", 5)
-    progress.named("b", 2)
-    assert progress.positions == {"b": 5}
+    progress.durable(100, 0.0)
+    name(progress, "z", record(100))
+    name(progress, "b", record(5))
+    name(progress, "b", record(2))
+    assert progress.positions == {"a": 100, "b": 5}
+
+
+def test_a_position_counts_only_when_its_record_is_ours() -> None:
+    progress = Progress("a", ("a", "b", "c"))
+    progress.durable(10, 0.0)
+    assert progress.pulled("b", record(7)) == LookUp()
+    assert progress.count(7) == 1, "nothing counts before the look-up"
+    for other in (record(7, history=1), record(7)._replace(epoch=2)):
+        assert isinstance(progress.found("b", other, record(7)), Diverged)
+        assert progress.count(7) == 1
+    assert progress.found("b", record(7), record(7)) == Matched()
+    assert progress.count(7) == 2
+
+
+def test_an_idle_follower_and_an_empty_one_need_no_look_up() -> None:
+    progress = Progress("a", ("a", "b"))
+    progress.durable(10, 0.0)
+    assert progress.pulled("b", EMPTY) == Matched()
+    assert progress.pulled("b", record(7)) == LookUp()
+    progress.found("b", record(7), record(7))
+    assert progress.pulled("b", record(7)) == Matched()
+    assert progress.pulled("b", record(7, history=1)) == LookUp(), "the same place is not the same record"
+
+
+def test_a_follower_that_parts_takes_back_what_it_named_before() -> None:
+    progress = Progress("a", ("a", "b"))
+    progress.durable(10, 0.0)
+    name(progress, "b", record(9))
+    assert progress.reached("all") == 9
+    assert isinstance(name(progress, "b", record(4, history=1)), Diverged)
+    assert progress.reached("all") == 0
+    assert isinstance(name(progress, "b", record(11)), Diverged), "we have lost what it holds"
+
+
+@given(st.lists(st.tuples(st.sampled_from("bcd"), st.integers(0, 12), st.integers(0, 2)), max_size=40))
+def test_log_matching(pulls: list[tuple[str, int, int]]) -> None:
+    progress = Progress("a", tuple("abcd"))
+    progress.durable(10, 0.0)
+    best = dict.fromkeys("bcd", 0)
+    for follower, sequence, history in pulls:
+        ours = sequence <= 10 and record(sequence, history) == record(sequence)
+        step = name(progress, follower, record(sequence, history))
+        assert isinstance(step, Matched if ours else Diverged)
+        best[follower] = max(best[follower], sequence) if ours else 0
+        assert progress.positions == {"a": 10} | {
+            one: at for one, at in best.items() if one in progress.positions
+        }
+        assert all(best[one] == 0 for one in "bcd" if one not in progress.positions)
 
 
 def test_lag_counts_from_when_the_primary_passed_the_position() -> None:

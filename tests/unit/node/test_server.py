@@ -283,6 +283,33 @@ def test_a_client_that_does_not_read_is_dropped_and_disturbs_nobody() -> None:
     run(test)
 
 
+def test_requests_that_never_end_take_only_so_much_memory() -> None:
+    async def test() -> None:
+        async with serving(unread_bytes_max=400_000) as (server, _, url), dial(url) as other:
+            head = bytes([0x82, 0x80 | 127]) + (195_000).to_bytes(8, "big") + MASK
+            hoarders = []
+            for size in (100_000, 190_000, 150_000):  # the second has most when the third goes over the bound
+                stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+                await stream.send_all(upgrade())
+                assert b"101" in await stream.receive_some()
+                await stream.send_all(head + bytes(size))
+                hoarders.append(stream)
+            with pytest.raises(trio.BrokenResourceError):
+                while await hoarders[1].receive_some():
+                    pass
+                raise trio.BrokenResourceError  # closed with or without a reset
+            await until(lambda: server.statistics().connections == 3)
+            assert server.statistics().greedy_dropped == 1
+            for _ in range(200):  # what is answered is not held against anyone
+                assert (await ask(other, {"id": 1, "op": "ping"}))[1]["ok"]
+            for stream in hoarders:
+                await stream.aclose()
+            await until(lambda: server.statistics().connections == 1)
+            assert server._shared.unread_bytes == 0
+
+    run(test)
+
+
 def test_a_silent_peer_is_pinged_and_then_dropped() -> None:
     async def test() -> None:
         async with (

@@ -15,7 +15,16 @@ from router import requests
 from router.coordinator import Coordinator, RouterConfig
 from router.errors import RequestError
 from router.layout import Placement
-from router.ports import NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
+from router.ports import (
+    Answers,
+    NodeError,
+    NodeGoneError,
+    SearchAsk,
+    SearchReply,
+    StoredRecord,
+    WriteAsk,
+    WriteReply,
+)
 from router.requests import Session
 from router.ring import shard_of
 from storage.records import Kind
@@ -31,6 +40,7 @@ class FakeNode:
         self.world, self.name = world, name
         self.down = False
         self.delay_s = 0.0
+        self.age_ms = 0
         self.damaged: set[int] = set()
         self.asked: list[tuple[int, ...]] = []
         self.written: list[WriteAsk] = []
@@ -54,18 +64,20 @@ class FakeNode:
             scores,
             [str(i).encode() for i in ids],
             dict.fromkeys(self.damaged & set(ask.shards), "damaged"),
+            self.age_ms,
         )
 
     async def get(
         self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
-    ) -> list[StoredRecord | str | None]:
+    ) -> Answers[StoredRecord]:
         await self._gate(timeout_s)
-        return [
+        found = [
             StoredRecord((1, 1), self.world.vectors[i].tobytes(), (), b"\x80")
             if i in self.world.vectors
             else None
             for i in ids
         ]
+        return Answers(found, self.age_ms)
 
     async def score(
         self,
@@ -74,9 +86,9 @@ class FakeNode:
         metadata: bool,
         session: Session,
         timeout_s: float,
-    ) -> list[tuple[float, bytes] | str | None]:
+    ) -> Answers[tuple[float, bytes]]:
         await self._gate(timeout_s)
-        return [(float(i), b"") if i in self.world.vectors else None for i in ids]
+        return Answers([(float(i), b"") if i in self.world.vectors else None for i in ids], self.age_ms)
 
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         await self._gate(timeout_s)
@@ -285,6 +297,7 @@ def test_a_primary_that_is_down_is_said_at_once() -> None:
 def test_a_lagging_replica_is_asked_only_when_no_other_is_left_and_the_answer_says_so() -> None:
     world = World(2)
     world.lags = {"a": 5_000}
+    world.nodes["a"].age_ms = 5_000
     reply = _run(world, _search(world))
     assert not world.nodes["a"].asked
     assert "stale_ms" not in reply
@@ -306,9 +319,48 @@ def test_an_unwell_node_is_asked_only_when_no_other_level_replica_is_left() -> N
     assert reply["coverage"]["missing"] == []
     # Level and unwell comes before well and behind: fresh answers first, a failure turns to the other.
     world.seen_down, world.lags = set(), {"b": 5_000, "c": 5_000}
+    world.nodes["b"].age_ms = world.nodes["c"].age_ms = 5_000
     reply = _run(world, _search(world))
     assert "a" in {name for name, node in world.nodes.items() if node.asked}
     assert reply["stale_ms"] == 5_000  # shards 1 and 4 live on b and c alone
+
+
+def test_an_answer_is_as_old_as_the_node_that_gave_it_says() -> None:
+    query: dict[str, Any] = {
+        "k": 3, "constraint": ClassConstraint(), "metadata": False, "timeout_ms": None, "session": (),
+    }  # fmt: skip
+    asked = [
+        requests.Search(vector=np.ones(DIM, np.float16), **query),
+        requests.Recommend(user_id=1, **query),
+        requests.Similar(positive=(1,), negative=(), **query),
+        requests.Batch(user_id=1, media_ids=(2, 3), metadata=False, timeout_ms=None, session=()),
+        requests.Get(kind=Kind.ITEM, ids=(1, 2), vector=False, timeout_ms=None, session=()),
+    ]
+    for request in asked:
+        world = World(3)
+        for node in world.nodes.values():
+            node.age_ms = 1_999
+        assert "stale_ms" not in _run(world, request), (
+            "the coordinator's own view is that all are level, and they are"
+        )
+        for node in world.nodes.values():
+            node.age_ms = 7_000
+        assert _run(world, request)["stale_ms"] == 7_000, request
+
+
+def test_a_recommendation_is_as_old_as_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(1)
+    user = next(i for i in world.vectors if world.placement(shard_of(i, SHARDS)).primary == "b")
+    look_up = FakeNode.get
+
+    async def old(self: FakeNode, *args: Any) -> Answers[StoredRecord]:
+        return (await look_up(self, *args))._replace(age_ms=9_000)
+
+    monkeypatch.setattr(FakeNode, "get", old)
+    request = requests.Recommend(
+        user_id=user, k=3, constraint=ClassConstraint(), metadata=False, timeout_ms=None, session=()
+    )
+    assert _run(world, request)["stale_ms"] == 9_000
 
 
 @pytest.mark.parametrize(

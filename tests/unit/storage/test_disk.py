@@ -231,6 +231,18 @@ def test_old_segments_are_dropped_whole_and_only_when_old_and_checkpointed(tmp_p
     log.close()
 
 
+def test_the_last_record_stays_even_when_an_empty_segment_follows_it(tmp_path: Path) -> None:
+    log = opened(tmp_path / "wal")
+    fill(log, 60)
+    log._roll(0)  # as a crash between a new segment and its first batch leaves it
+    log.close()
+    log = opened(tmp_path / "wal", floor=60)
+    assert log.drop_before(1 << 60, 1 << 62) > 0
+    assert sequences(log.read_after(59, 1)) == [60], "a pull names it"
+    assert log.statistics()["segments"] == 2
+    log.close()
+
+
 def test_old_segments_below_the_floor_are_verified_when_read(tmp_path: Path) -> None:
     log = opened(tmp_path / "wal")
     fill(log, 40)

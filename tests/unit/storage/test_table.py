@@ -10,7 +10,8 @@ import pytest
 from storage import entries
 from storage.errors import DamagedError, FormatError
 from storage.records import Kind, Operation, Version
-from storage.table import KindState, Table, TableState, check_seal
+from storage.table import KindState, Table, TableState
+from storage.table_seal import check_seal
 
 STATE = TableState(node_id="n", shard=1, dim=8, metric="cosine")
 

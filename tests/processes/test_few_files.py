@@ -1,0 +1,35 @@
+"""More connections than the process may open files: they are turned away, and the logs still get their segments."""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import gmco
+from tests.processes.cluster import cluster
+
+FILES = 512
+
+
+def test_connections_leave_the_logs_their_files(tmp_path: Path) -> None:
+    storage = "dim = 16\nwal_segment_bytes = 65536\ncheckpoint_bytes = 65536"
+    with (
+        cluster(tmp_path, 1, replication=1, shard_count=2, storage=storage) as (daemon,),
+        ExitStack() as held,
+    ):
+        assert daemon.process is not None
+        daemon.stop()
+        daemon.start(files=FILES)
+        with gmco.connect_blocking([daemon.url], timeout_s=10.0) as client:
+            for _ in range(FILES):
+                held.enter_context(socket.create_connection(("127.0.0.1", daemon.app_port), timeout=5))
+            deadline = time.monotonic() + 4  # half-open connections are closed after five seconds
+            while time.monotonic() < deadline:
+                items = [gmco.Item(i, [1.0, float(i % 13)] * 8, (), {"n": i}) for i in range(1_000)]
+                client.put_items(items)  # several segments each time
+        with gmco.connect_blocking([daemon.url], timeout_s=10.0) as client:
+            assert client.status()["counters"]["server"]["rejected"] > 0
+        assert '"few_files"' in daemon.log.read_text()
+        assert daemon.stop() == 0
