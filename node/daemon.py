@@ -230,7 +230,8 @@ class Daemon:
             layout = await forming.form(parts.members, path, self._config.cluster.id, say)
         parts.layout = layout
         parts.guard = forming.LayoutGuard(parts.members, layout)
-        say("recovering shards")
+        parts.state = "recovering shards"
+        notifier.status(parts.state)
         placements = {one.shard: one for one in layout.placements()}
         logs = await self._open_shards(directory, placements, notifier, stack)
         await self._start(placements, logs, stack)
