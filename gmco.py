@@ -29,6 +29,7 @@ __all__ = [
     "Client",
     "Coverage",
     "DeadlineExceeded",
+    "Events",
     "GmcoError",
     "Hit",
     "Item",
@@ -77,7 +78,7 @@ class BadRequest(GmcoError, ValueError):  # noqa: N818 - the names that apps of 
 
 
 class NotFound(GmcoError, LookupError):  # noqa: N818
-    """There is no such user or item."""
+    """There is no such user, item or node."""
 
 
 class Overloaded(GmcoError):  # noqa: N818
@@ -95,7 +96,7 @@ class DeadlineExceeded(GmcoError, TimeoutError):  # noqa: N818
 _BAD = "bad_frame bad_request unknown_op unknown_field missing_field bad_type out_of_range bad_vector"
 _CLASSES: dict[str, type[GmcoError]] = {
     **dict.fromkeys([*_BAD.split(), "wrong_dimension", "zero_vector", "too_large"], BadRequest),
-    **dict.fromkeys(["unknown_user", "unknown_item"], NotFound),
+    **dict.fromkeys(["unknown_user", "unknown_item", "unknown_node"], NotFound),
     **dict.fromkeys(["overloaded", "indexing"], Overloaded),
     **dict.fromkeys(["unavailable", "shutting_down", "no_primary", "session_behind"], Unavailable),
     "deadline_exceeded": DeadlineExceeded,
@@ -164,6 +165,20 @@ class Answer:
     hits: list[Hit]
     coverage: Coverage | None = None
     stale_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Events:
+    """What has happened to the cluster's members, as one start (`boot`) of one node saw it, in order of `sequence`.
+
+    Give `next` as `after` to go on. From another node or boot, begin again with 0. `lost`: forgotten before they were read.
+    """
+
+    node: str
+    boot: int
+    events: tuple[dict[str, Any], ...]
+    next: int
+    lost: int
 
 
 @dataclass(frozen=True)
@@ -358,6 +373,34 @@ class Client:
         """What the node in use says of itself and of its cluster."""
         reply = await self._call("status", {}, timeout_s)
         return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
+    async def events(self, after: int = 0, *, wait_s: float = 0.0) -> Events:
+        """Events past the sequence `after`; the node holds its answer back up to `wait_s` for the first (60 s at most)."""
+        wait_ms = min(max(0.0, wait_s * 1000), 60_000.0)
+        reply = await self._call(
+            "events", {"after": after, "wait_ms": wait_ms}, self._timeout_s + wait_ms / 1000
+        )
+        return Events(
+            reply["node"], reply["boot"], tuple(reply["events"]), reply["next"], reply.get("lost", 0)
+        )
+
+    async def forget_node(self, node: str, *, timeout_s: float | None = None) -> None:
+        """Tells the cluster that a member which is down will not come back. By name, or by id in hex."""
+        await self._call("forget_node", {"node": node}, timeout_s)
+
+    async def keyring(
+        self,
+        action: Literal["list", "install", "use", "remove"],
+        *,
+        key: bytes | None = None,
+        fingerprint: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Does something with gossip's keys on all alive nodes; what each has then, or why it could not."""
+        given = {"key": key, "fingerprint": fingerprint}
+        fields = {"action": action, **{name: value for name, value in given.items() if value is not None}}
+        nodes: list[dict[str, Any]] = (await self._call("keyring", fields, timeout_s))["nodes"]
+        return nodes
 
     async def recommend(
         self,
@@ -758,6 +801,9 @@ class BlockingClient:
 
     ping = _blocking(Client.ping)
     status = _blocking(Client.status)
+    events = _blocking(Client.events)
+    forget_node = _blocking(Client.forget_node)
+    keyring = _blocking(Client.keyring)
     recommend = _blocking(Client.recommend)
     similar = _blocking(Client.similar)
     search = _blocking(Client.search)

@@ -9,38 +9,39 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
-import trio
 import typer
 
 import gmco
-from admin import show
+from admin import operating, show
 from admin.films import CLASS_IDS
-from admin.load import BadRowError, Loader, LoadOptions, LoadProgress, StateFile, first_cause, summary
+from admin.load import Loader, LoadOptions, LoadProgress, StateFile, summary
 from admin.sources import Kind, SourceError, open_source
+from admin.terminal import (
+    DEFAULT_NODES,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_FOUND,
+    EXIT_USAGE,
+    Nodes,
+    Output,
+    OutputOption,
+    Timeout,
+    fail,
+    node_urls,
+    with_client,
+)
 
-EXIT_OURS, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_REFUSED, EXIT_BAD_ROW = 1, 2, 3, 4, 5
-EXIT_NOT_FOUND, EXIT_TIMEOUT, EXIT_INTERRUPTED = 6, 7, 130
-
-T = TypeVar("T")
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 get_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(get_app, name="get", help="Show stored records.")
-
-
-class Output(StrEnum):
-    """How to print."""
-
-    TABLE = "table"
-    JSON = "json"
+operating.add_to(app)
 
 
 class KindName(StrEnum):
@@ -58,11 +59,6 @@ class AckName(StrEnum):
     ALL = "all"
 
 
-Nodes = Annotated[
-    list[str], typer.Option("--node", envvar="GMCO_NODES", help="URL of a node; repeat for several.")
-]
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Tables for people or JSON.")]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for the whole call.")]
 Count = Annotated[int, typer.Option("-k", min=1, max=10_000, help="How many.")]
 Classes = list[str]
 RequireAll = Annotated[
@@ -73,7 +69,6 @@ Exclude = Annotated[Classes, typer.Option("--exclude", help="None of these class
 # Named, because typer wants lists as defaults; nobody changes them.
 NO_CLASSES: list[str] = []
 NO_IDS: list[int] = []
-DEFAULT_NODES = ["ws://127.0.0.1:7400"]
 
 
 def _print_version(wanted: bool) -> None:
@@ -96,59 +91,6 @@ def _version() -> str:
         return version("gmco")
     except PackageNotFoundError:
         return "(not installed)"
-
-
-def fail(code: str, message: str, exit_code: int) -> NoReturn:
-    """One line on stderr, and the exit code."""
-    print(f"error[{code}]: {message}", file=sys.stderr)
-    raise typer.Exit(exit_code)
-
-
-def exit_code_of(error: gmco.GmcoError) -> int:
-    """The exit code for an error of the cluster."""
-    if isinstance(error, gmco.Unavailable):
-        return EXIT_UNREACHABLE
-    if isinstance(error, gmco.BadRequest):
-        return EXIT_USAGE
-    if isinstance(error, gmco.NotFound):
-        return EXIT_NOT_FOUND
-    if isinstance(error, gmco.DeadlineExceeded):
-        return EXIT_TIMEOUT
-    return EXIT_REFUSED
-
-
-def with_client(nodes: list[str], timeout_s: float, work: Callable[[gmco.Client], Awaitable[T]]) -> T:
-    """Runs `work` with a client; every error ends the command with its line and exit code."""
-
-    async def run() -> T:
-        async with gmco.connect(nodes, timeout_s=timeout_s) as client:
-            return await work(client)
-
-    try:
-        return trio.run(run)
-    except BaseException as group:
-        error = first_cause(group)
-        if isinstance(error, gmco.GmcoError):
-            where = f" (field {error.field})" if error.field else ""
-            fail(error.code, error.message + where, exit_code_of(error))
-        if isinstance(error, BadRowError):
-            fail("bad_row", f"{error}; correct it or give --skip-bad", EXIT_BAD_ROW)
-        if isinstance(error, SourceError):
-            fail("bad_file", str(error), EXIT_USAGE)
-        if isinstance(error, OSError):
-            fail("os_error", str(error), EXIT_OURS)
-        if isinstance(error, KeyboardInterrupt):
-            fail("interrupted", "stopped by Ctrl-C", EXIT_INTERRUPTED)
-        raise
-
-
-def node_urls(nodes: list[str]) -> list[str]:
-    """URLs from options or the environment, where commas separate them, too."""
-    urls = [url for part in nodes for url in part.replace(",", " ").split()]
-    for url in urls:
-        if not url.startswith(("ws://", "wss://")):
-            fail("bad_url", f"{url!r} must begin with ws:// or wss://, as in ws://127.0.0.1:7400", EXIT_USAGE)
-    return urls
 
 
 def class_ids(names: Classes) -> list[int]:
@@ -174,15 +116,14 @@ def _print_answer(answer: gmco.Answer, title: str, output: Output) -> None:
         show.err.print(f"[yellow]{note}")
 
 
-@app.command(help="Members of the cluster and the replicas of the node asked.")
+@app.command(help="How the node asked is, and its replicas.")
 def status(nodes: Nodes = DEFAULT_NODES, output: OutputOption = Output.TABLE, timeout: Timeout = 5.0) -> None:
     """Asks the first node that answers."""
     reply = with_client(node_urls(nodes), timeout, lambda client: client.status())
     if output is Output.JSON:
         show.print_json(reply)
         return
-    for table in show.status_tables(reply):
-        show.out.print(table)
+    show.print_status(reply)
 
 
 @app.command(help="The best items for a user.")

@@ -102,11 +102,12 @@ async def _run(cluster: LocalCluster, once: bool, started: float) -> None:
 
 async def _demo(cluster: LocalCluster, once: bool, started: float) -> None:
     say = show.out.print
-    say(f"[bold]1. Three nodes[/] at {', '.join(cluster.urls)}")
+    say("[bold]1. Three nodes[/], each of which knows one other")
     for name in cluster.names:
         cluster.start(name)
     catalogue = await trio.to_thread.run_sync(make_catalogue)  # while they start
     await _ready(cluster, cluster.names)
+    await _show_nodes(cluster)
     async with gmco.connect(cluster.urls, timeout_s=10) as client:
         say(
             f"[bold]2. Load[/] {len(catalogue.films):,} films and {len(catalogue.viewers)} viewers, on all disks"
@@ -136,7 +137,7 @@ async def _ready(cluster: LocalCluster, names: Sequence[str]) -> None:
     waiting = dict(zip(cluster.names, cluster.urls, strict=True))
     with trio.move_on_after(READY_S):
         for name in names:
-            while not await _is_ready(waiting[name]):
+            while not await _is_ready(waiting[name], len(cluster.names)):
                 cluster.check()
                 await trio.sleep(0.1)
             del waiting[name]
@@ -145,14 +146,30 @@ async def _ready(cluster: LocalCluster, names: Sequence[str]) -> None:
         raise ClusterError(f"not ready after {READY_S:.0f} s: {', '.join(waiting)}\n{tails}")
 
 
-async def _is_ready(url: str) -> bool:
+async def _is_ready(url: str, count: int) -> bool:
     try:
         async with gmco.connect([url], timeout_s=1.0) as client:
             status = await client.status()
     except gmco.GmcoError:
         return False
-    alive = all(member["state"] == "alive" for member in status["members"])
-    return alive and all(shard.get("lag", 0) == 0 for shard in status["shards"])
+    seen = [one for one in status["members"] if one["state"] == "alive" and one["connected"]]
+    level = all(shard.get("lag", 0) == 0 for shard in status["shards"])
+    return status["state"] == "ready" and len(seen) == count and level
+
+
+async def _show_nodes(cluster: LocalCluster) -> None:
+    """As one of them has heard by gossip."""
+    async with gmco.connect(cluster.urls[:1], timeout_s=5) as client:
+        status = await client.status()
+    names = [member["name"] for member in status["members"]]
+    if names != cluster.names:
+        raise ClaimError(f"{status['node']} knows {names}")
+    table = Table(title=f"   as {status['node']} has heard", title_justify="left", header_style="bold")
+    for name in ("node", "state", "shards", "for apps"):
+        table.add_column(name)
+    for member in status["members"]:
+        table.add_row(member["name"], member["state"], str(member["shards"]), member["app"])
+    show.out.print(table)
 
 
 async def _load(client: gmco.Client, kind: Kind, rows: Sequence[Row]) -> None:
@@ -279,6 +296,8 @@ def _say_how_to_go_on(cluster: LocalCluster, catalogue: Catalogue) -> None:
         "Now you, from another shell (users are 1 to 300):",
         "",
         f"  export GMCO_NODES={','.join(cluster.urls)}",
+        "  .venv/bin/gmco nodes",
+        "  .venv/bin/gmco events --follow",
         "  .venv/bin/gmco status",
         "  .venv/bin/gmco get user 4",
         "  .venv/bin/gmco recommend 4 -k 5 --any Comedy --exclude R",

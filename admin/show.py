@@ -107,26 +107,19 @@ def records_table(records: Sequence[gmco.Record]) -> Table:
     return table
 
 
-def status_tables(status: Mapping[str, Any]) -> list[Table]:
-    """Members, and this node's replicas."""
-    cluster = f"cluster {status.get('cluster', '?')}, seen by {status.get('node', '?')}"
-    title = f"{cluster} (version {status.get('version', '?')})"
-    members = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for name in ("member", "state", "lag ms", "region", "zone", "app"):
-        members.add_column(name)
-    for member in status.get("members", []):
-        state = str(member.get("state", "?"))
-        style = "green" if state == "alive" else "red"
-        lag = member.get("lag_ms")
-        members.add_row(
-            str(member.get("name", "?")),
-            Text(state, style=style),
-            "" if lag is None else str(lag),
-            str(member.get("region", "")),
-            str(member.get("zone", "")),
-            str(member.get("app", "")),
-        )
-    return [members, _shards_table(status)]
+def print_status(status: Mapping[str, Any]) -> None:
+    """How the node is, what should be mended, and its replicas."""
+    members = status.get("members", [])
+    alive = sum(member.get("state") == "alive" for member in members)
+    out.print(
+        f"[bold]{status.get('node', '?')}[/] of cluster {status.get('cluster', '?')} (version {status.get('version', '?')}): "
+        f"{status.get('state', '?')}, sees {alive} of {len(members)} members alive"
+    )
+    for reason in status.get("degraded", []):
+        out.print(f"degraded: {reason}", style="yellow", markup=False)
+    for problem in status.get("problems", []):
+        out.print(problem, style="red", markup=False)
+    out.print(_shards_table(status))
 
 
 def _shards_table(status: Mapping[str, Any]) -> Table:

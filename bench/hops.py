@@ -49,7 +49,8 @@ async def peer_link(count: int) -> None:
     async with trio.open_nursery() as nursery:
         handlers = {"sync": lambda peer, body: body, "async": echo_later}
         listener = PeerListener(handlers, hello("b"), listen=Address("127.0.0.1", 0))
-        link = PeerLink(await nursery.start(listener.run), hello("a"))
+        address = await nursery.start(listener.run)
+        link = PeerLink(lambda: address, hello("a"))
         await nursery.start(link.run)
         await link.wait_connected()
         for op in handlers:

@@ -7,13 +7,13 @@ An unknown key, a wrong type or a value out of range is refused with its path, i
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from node.config_reader import ConfigError, read_section
-from router.layout import Member
 from storage.config import StorageConfig
 
 __all__ = [
@@ -21,12 +21,13 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "ConfigError",
+    "GossipSettings",
     "LimitsConfig",
     "ListenConfig",
     "LogConfig",
-    "MemberConfig",
     "NodeConfig",
     "load",
+    "loopback",
     "parse_address",
 ]
 
@@ -62,54 +63,47 @@ class ListenConfig:
 
     host: str = "127.0.0.1"
     app_port: int = field(default=7400, metadata={"range": PORTS})
+    # Where apps reach this node, when that is not ws://host:app_port.
+    app_url: str = ""
     peer_port: int = field(default=7402, metadata={"range": PORTS})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemberConfig:
-    """One node of the cluster as the others reach it. The list must be the same on every node."""
+class ClusterConfig:
+    """What all nodes of a cluster agree on, and how they find each other."""
 
-    name: str
-    peer: str
-    app: str = ""
-    region: str = "local"
-    zone: str = "local"
-    host: str = ""  # empty: the member's name
-    capacity: int = field(default=1, metadata={"range": (1, 1_000_000)})
+    id: str = ""
+    # What the first layout is made with; from then on the layout counts.
+    shard_count: int = field(default=12, metadata={"range": (1, 65_535)})
+    replication: int = field(default=3, metadata={"range": (1, 15)})
+    # host:port of the peer ports of some nodes; others are heard of by gossip. This node's own may be among them.
+    seeds: tuple[str, ...] = ()
+    # The first layout is made when so many nodes see each other. 1: this node alone. 0: never, only join.
+    bootstrap: int = field(default=1, metadata={"range": (0, 1_000)})
 
     @property
-    def peer_address(self) -> Address:
-        return parse_address(self.peer)
+    def alone(self) -> bool:
+        return not self.seeds and self.bootstrap == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterConfig:
-    """What all nodes of a cluster agree on. A hello from another cluster id or shard count is refused."""
+class GossipSettings:
+    """How this node takes part in gossip. Its timings are those of `gossip.config`."""
 
-    id: str = ""
-    shard_count: int = field(default=12, metadata={"range": (1, 65_536)})
-    replication: int = field(default=3, metadata={"range": (1, 15)})
-    members: tuple[MemberConfig, ...] = ()
+    # host:port at which others reach this node, when that is not where it listens.
+    advertise: str = ""
+    # 64 hex digits, the same on all nodes (`gmco keyring generate`); only read while data/keyring is not there.
+    key: str = ""
+    # "off": gossip over TCP alone. "auto": TCP to members that UDP does not reach.
+    udp: Literal["auto", "on", "off"] = "auto"
 
-    def layout_members(self) -> list[Member]:
-        """The members as `router.layout.place` takes them."""
-        return [
-            Member(
-                name=one.name,
-                region=one.region,
-                zone=one.zone,
-                host=one.host or one.name,
-                capacity=one.capacity,
-            )
-            for one in self.members
-        ]
+    @property
+    def advertised(self) -> Address | None:
+        return parse_address(self.advertise) if self.advertise else None
 
-    def member(self, name: str) -> MemberConfig:
-        """The member of that name. Raises KeyError."""
-        for one in self.members:
-            if one.name == name:
-                return one
-        raise KeyError(name)
+    @property
+    def secret(self) -> bytes | None:
+        return bytes.fromhex(self.key) if self.key else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +136,7 @@ class Config:
     node: NodeConfig
     listen: ListenConfig = ListenConfig()
     cluster: ClusterConfig = ClusterConfig()
+    gossip: GossipSettings = GossipSettings()
     storage: StorageConfig = field(default_factory=StorageConfig)
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
@@ -194,68 +189,42 @@ def parse(text: str, *, folder: Path = Path()) -> Config:
         raise ConfigError(f"storage.class_width: must be a multiple of 64, is {whole.storage.class_width}")
     node = dataclasses.replace(whole.node, data_dir=folder / whole.node.data_dir)
     _check_name("node.name", node.name)
-    given: dict[str, Any] = tables["node"]
-    if not whole.cluster.members:
-        whole = _alone(dataclasses.replace(whole, node=node))
-    else:
-        whole = _among_members(dataclasses.replace(whole, node=node), given)
+    _check_cluster(whole.cluster)
+    _check_gossip(whole.gossip)
+    if whole.listen.app_url and not whole.listen.app_url.startswith(("ws://", "wss://")):
+        raise ConfigError(f'listen.app_url: must begin with ws:// or wss://, is "{whole.listen.app_url}"')
+    # A cluster of one needs no name of its own.
+    cluster = dataclasses.replace(whole.cluster, id=whole.cluster.id or f"single-{node.name}")
+    node = dataclasses.replace(node, host=node.host or node.name)
+    whole = dataclasses.replace(whole, node=node, cluster=cluster)
     return dataclasses.replace(whole, warnings=_warnings(whole))
 
 
-def _alone(config: Config) -> Config:
-    """A single-node cluster of this node itself."""
-    node = dataclasses.replace(config.node, host=config.node.host or config.node.name)
-    listen = config.listen
-    me = MemberConfig(
-        name=node.name,
-        peer=str(Address(listen.host, listen.peer_port)),
-        app=f"ws://{Address(listen.host, listen.app_port)}",
-        region=node.region,
-        zone=node.zone,
-        host=node.host,
-        capacity=node.capacity,
-    )
-    cluster_id = config.cluster.id or f"single-{node.name}"
-    cluster = dataclasses.replace(config.cluster, id=cluster_id, members=(me,))
-    return dataclasses.replace(config, node=node, cluster=cluster)
-
-
-def _among_members(config: Config, given: dict[str, Any]) -> Config:
-    """This node takes its place from the list, because every node must compute the same layout from it."""
-    cluster, node = config.cluster, config.node
-    if not cluster.id:
+def _check_cluster(cluster: ClusterConfig) -> None:
+    for i, seed in enumerate(cluster.seeds):
+        try:
+            parse_address(seed)
+        except ValueError as error:
+            raise ConfigError(f"cluster.seeds[{i}]: {error}") from error
+    if cluster.seeds and cluster.bootstrap == 1:
+        raise ConfigError(
+            "cluster.bootstrap: with seeds, give how many nodes form the cluster at first, the same number on each; "
+            "0 to only join one that is there"
+        )
+    if not cluster.alone and not cluster.id:
         raise ConfigError("cluster.id: missing; give the same id on every node of the cluster")
-    seen: dict[str, str] = {}
-    for i, member in enumerate(cluster.members):
-        path = f"cluster.members[{i}]"
-        _check_name(f"{path}.name", member.name)
-        for key, value in (("name", member.name), ("peer", member.peer)):
-            if value in seen:
-                raise ConfigError(f'{path}.{key}: "{value}" is already {seen[value]}')
-            seen[value] = f"{path}.{key}"
-        _check_member_addresses(path, member)
-    names = [member.name for member in cluster.members]
-    if node.name not in names:
-        raise ConfigError(f'node.name: "{node.name}" is not in cluster.members ({", ".join(names)})')
-    me = cluster.member(node.name)
-    path = f"cluster.members[{names.index(node.name)}]"
-    for key in ("region", "zone", "host", "capacity"):
-        mine, listed = getattr(node, key), getattr(me, key)
-        if key in given and mine != (listed or me.name):
-            raise ConfigError(f"node.{key}: is {mine!r} but {path}.{key} is {listed!r}; make them equal")
-    members = tuple(dataclasses.replace(one, host=one.host or one.name) for one in cluster.members)
-    me = members[names.index(node.name)]
-    node = dataclasses.replace(node, region=me.region, zone=me.zone, host=me.host, capacity=me.capacity)
-    return dataclasses.replace(config, node=node, cluster=dataclasses.replace(cluster, members=members))
 
 
-def _check_member_addresses(path: str, member: MemberConfig) -> None:
+def _check_gossip(gossip: GossipSettings) -> None:
     try:
-        parse_address(member.peer)
+        _ = gossip.advertised
     except ValueError as error:
-        raise ConfigError(f"{path}.peer: {error}") from error
-    if member.app and not member.app.startswith(("ws://", "wss://")):
-        raise ConfigError(f'{path}.app: must begin with ws:// or wss://, is "{member.app}"')
+        raise ConfigError(f"gossip.advertise: {error}") from error
+    # Never shown: it may be a good key with one digit too many.
+    if gossip.key and not (
+        len(gossip.key) == 64 and all(c in "0123456789abcdef" for c in gossip.key.lower())
+    ):
+        raise ConfigError("gossip.key: must be 64 hex digits, as `gmco keyring generate` prints them")
 
 
 def _check_name(path: str, name: str) -> None:
@@ -266,19 +235,34 @@ def _check_name(path: str, name: str) -> None:
 
 def _warnings(config: Config) -> tuple[str, ...]:
     said = []
-    count = len(config.cluster.members)
-    if config.cluster.replication > count:
+    cluster, limits = config.cluster, config.limits
+    if 0 < cluster.bootstrap < cluster.replication:
+        count = cluster.bootstrap
         said.append(
-            f"cluster.replication is {config.cluster.replication} but there "
-            f"{'is 1 member' if count == 1 else f'are {count} members'}: each shard has {count} "
+            f"cluster.replication is {cluster.replication} but the cluster is formed by "
+            f"{'1 node' if count == 1 else f'{count} nodes'}: each shard has {count} "
             f"{'replica' if count == 1 else 'replicas'}"
         )
-    if config.limits.requests_in_flight < config.limits.requests_in_flight_per_connection:
+    if limits.requests_in_flight < limits.requests_in_flight_per_connection:
         said.append(
             "limits.requests_in_flight is below limits.requests_in_flight_per_connection: "
             "one app can fill the node"
         )
+    keyless = not config.gossip.key and not (config.node.data_dir / "keyring").exists()
+    if not loopback(config.listen.host) and keyless:
+        said.append(
+            f"listening on {config.listen.host} without gossip.key: everyone who knows cluster.id and reaches the peer "
+            "port can join, and tell the nodes what is not so; make a key with `gmco keyring generate`"
+        )
     return tuple(said)
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_address(text: str) -> Address:

@@ -8,29 +8,39 @@ from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 import trio
 
+from node import facts, forming, joining, layoutfile, notify
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
-from node.identity import DataDirectory
+from node.facts import Health
+from node.health import HealthWatch, Watched
+from node.history import History
+from node.identity import DataDirectory, Identity
+from node.keyrings import Keyrings
 from node.lane import SearchLane
+from node.links import Links
 from node.local import LocalNode
-from node.members import StaticCluster
-from node.notify import Notifier
-from node.peerlink import Hello, PeerLimits, PeerLink, PeerListener
+from node.members import Members
+from node.operations import Operations
+from node.peerlink import Hello, PeerLimits, PeerListener
+from node.publishing import Publisher
 from node.remote import handlers
 from node.replicator import Replicator
+from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
 from node.shard import ShardActor
+from node.status import READY, Parts, own_status
 from node.supervisor import RestartPolicy, Supervisor
 from router.coordinator import Coordinator, RouterConfig
-from router.layout import Placement, place
+from router.errors import RequestError
+from router.layout import Layout, Placement
+from router.operating import Operating
 from router.requests import Limits, Request
-from storage.errors import DamagedError
+from storage.errors import DamagedError, ForeignDataError
 from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
@@ -39,10 +49,18 @@ OPENING_AT_ONCE = 2
 STOP_S = 30.0
 # Peers' writes under way get this long; their pulls wait at most a second by themselves.
 PEER_GRACE_S = 2.0
+# While it waits for others, systemd is asked for this much more time to start, again and again.
+WAIT_MORE_S = 120.0
 # Each shard that was recovered, or closed, earns this much more time from the service manager.
 SHARD_S = 300.0
 # What a restart of the actor cannot mend ends the process; systemd starts it again, and recovery decides.
 POLICY = RestartPolicy(fatal=(DamagedError,))
+
+
+class SupersededError(Exception):
+    """Another process with this node's id has started since: this one must stop."""
+
+    code = "superseded"
 
 
 class Daemon:
@@ -51,80 +69,116 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._name = config.node.name
-        placements = place(
-            config.cluster.layout_members(), config.cluster.shard_count, config.cluster.replication
-        )
-        self._placements: dict[int, Placement] = {one.shard: one for one in placements}
-        self._mine = [one for one in placements if self._name in one.voters]
-        self._shards: dict[int, ShardActor] = {}
-        self._replicators: dict[int, Replicator] = {}
-        self._links: dict[str, PeerLink] = {}
         self._stop = trio.Event()
-        self._supervisor: Supervisor | None = None
-        self._lane: SearchLane | None = None
-        self._server: AppServer | None = None
-        self._coordinator: Coordinator | None = None
+        self._served = trio.Event()
+        self._starting = trio.CancelScope()
+        self._handlers: dict[str, Any] = {}
 
     def stop(self) -> None:
         self._stop.set()
+        self._starting.cancel()
 
     async def run(self) -> None:
-        """Raises StorageError, OSError or ActorGaveUpError with one line that says what to do."""
+        """Raises StorageError, KeyringError, OSError, SupersededError or ActorGaveUpError: one line, what to do."""
         config = self._config
-        notifier = Notifier()
         directory = await trio.to_thread.run_sync(
             partial(DataDirectory.open, config.node.data_dir, name=self._name, cluster=config.cluster.id)
         )
         try:
             async with AsyncExitStack() as stack:
-                await self._run(directory, notifier, stack)
+                await self._run(directory, notify.Notifier(), stack)
         finally:
             directory.close()
 
-    async def _run(self, directory: DataDirectory, notifier: Notifier, stack: AsyncExitStack) -> None:
-        hello = self._hello(directory.identity.boots)
-        listener = self._listener(hello)
-        await listener.bind()
-        notifier.status("recovering shards")
+    async def _run(self, directory: DataDirectory, notifier: notify.Notifier, stack: AsyncExitStack) -> None:
+        identity = directory.identity
+        agent = joining.make_agent(self._config, directory)
+        members = Members(agent, joining.node_fact(self._config, self._config.listen.host), agent.id)
+        hello = self._hello(identity)
+        listener = PeerListener(
+            self._handlers,
+            hello,
+            listen=Address(self._config.listen.host, self._config.listen.peer_port),
+            limits=self._peer_limits(),
+            known=members,
+            gossip=agent.serve_stream,
+        )
+        listener.closed = f"{self._name} is still starting"
+        layout = await self._layout_on_disk(directory)
+        address = await agent.bind((await listener.bind()).port)
+        members.own = joining.node_fact(self._config, address.host)
+        agent.set_fact(facts.NODE, facts.pack_node(members.own))
+        if layout is not None:
+            forming.tell(members, layout)
+        history = History(members)
+        shards: dict[int, ShardActor] = {}
         try:
-            await self._open_shards(directory, notifier, stack)
             async with trio.open_nursery() as nursery:
+                supervisor = Supervisor(nursery, policy=POLICY)
+                links = Links(members, hello, self._peer_limits(), supervisor)
+                self._parts = Parts(
+                    config=self._config,
+                    boot=identity.boots,
+                    members=members,
+                    agent=agent,
+                    supervisor=supervisor,
+                    links=links,
+                    server=self._app_server(),
+                    shards=shards,
+                )
+                self._operations = Operations(self._parts, history, self._keyrings())
                 nursery.start_soon(self._stop_on_signals)
                 nursery.start_soon(notifier.run)
-                await self._start(nursery, hello, listener, stack)
-                assert self._server is not None
-                log.info(
-                    "ready",
-                    node=self._name,
-                    app_port=self._server.port,
-                    shards=len(self._shards),
-                    boot=hello.boot,
-                )
-                notifier.ready(f"serving {len(self._shards)} shards")
-                await self._stop.wait()
-                notifier.stopping()
-                log.info("stopping", node=self._name)
-                self._server.stop()
-                listener.stop()
-                with trio.move_on_after(STOP_S):
-                    await self._served.wait()
-                    await listener.drained(PEER_GRACE_S)
+                nursery.start_soon(self._end_when_superseded)
+                await nursery.start(listener.run)
+                await nursery.start(self._serve)
+                await supervisor.start(agent, name="gossip")
+                with self._starting:
+                    await self._become_ready(directory, layout, notifier, stack)
+                    listener.closed = ""
+                    self._say_ready(notifier)
+                    await self._stop.wait()
+                await self._wind_down(notifier, listener, history)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 # Also when it is an error that ends us: keepalives are over, and the watchdog must be, too.
                 notifier.stopping("closing shards")
-                await self._close_shards(notifier)
+                await _close(shards, notifier)
         log.info("stopped", node=self._name)
+
+    async def _wind_down(self, notifier: notify.Notifier, listener: PeerListener, history: History) -> None:
+        notifier.stopping()
+        log.info("stopping", node=self._name)
+        history.close()
+        self._parts.server.stop()
+        listener.stop()
+        await self._parts.agent.leave()
+        with trio.move_on_after(STOP_S):
+            await self._served.wait()
+            await listener.drained(PEER_GRACE_S)
 
     async def _stop_on_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for _ in signals:
                 self.stop()
 
+    async def _end_when_superseded(self) -> NoReturn:
+        agent = self._parts.agent
+        await agent.superseded.wait()
+        raise SupersededError(
+            f"another process runs as {self._name} with the node id {agent.id:016x} and was started later; this one stops. "
+            "Was a data directory copied? Each node needs its own"
+        )
+
     # -- parts ----------------------------------------------------------------------------------------------------
 
-    def _hello(self, boots: int) -> Hello:
+    def _keyrings(self) -> Keyrings:
+        keyrings = Keyrings(self._parts.agent, self._parts.members, self._parts.links)
+        self._handlers["keyring"] = keyrings.handle_peer
+        return keyrings
+
+    def _hello(self, identity: Identity) -> Hello:
         config = self._config
         return Hello(
             cluster_id=config.cluster.id,
@@ -133,7 +187,7 @@ class Daemon:
             dim=config.storage.dim,
             metric=config.storage.metric,
             class_width=config.storage.class_width,
-            boot=boots,
+            boot=identity.boots,
         )
 
     def _peer_limits(self) -> PeerLimits:
@@ -144,82 +198,130 @@ class Daemon:
             connections=limits.peer_connections,
         )
 
-    def _listener(self, hello: Hello) -> PeerListener:
-        listen = Address(self._config.listen.host, self._config.listen.peer_port)
-        known = frozenset(member.name for member in self._config.cluster.members) - {self._name}
-        self._handlers: dict[str, Any] = {}
-        return PeerListener(self._handlers, hello, listen=listen, limits=self._peer_limits(), known=known)
+    async def _layout_on_disk(self, directory: DataDirectory) -> Layout | None:
+        """What this node goes by from an earlier start. Raises StorageError."""
+        cluster = self._config.cluster
+        path = directory.path / "layout"
+        layout = await trio.to_thread.run_sync(partial(layoutfile.load, path, cluster=cluster.id))
+        if layout is not None and layout.shard_count != cluster.shard_count:
+            raise ForeignDataError(
+                f"{path} is of a cluster with {layout.shard_count} shards, cluster.shard_count is {cluster.shard_count}; "
+                "the number is fixed for the life of the data"
+            )
+        return layout
 
-    async def _open_shards(self, directory: DataDirectory, notifier: Notifier, stack: AsyncExitStack) -> None:
-        """Recovery, a few shards at a time; nothing is served before all are done."""
+    async def _become_ready(
+        self,
+        directory: DataDirectory,
+        layout: Layout | None,
+        notifier: notify.Notifier,
+        stack: AsyncExitStack,
+    ) -> None:
+        parts = self._parts
+
+        def say(text: str) -> None:
+            if text != parts.state:
+                log.info("waiting", state=text)
+            parts.state = text
+            notifier.extend_timeout(WAIT_MORE_S, text)
+
+        if layout is None:
+            path = directory.path / "layout"
+            layout = await forming.form(parts.members, path, self._config.cluster.id, say)
+        parts.layout = layout
+        parts.guard = forming.LayoutGuard(parts.members, layout)
+        parts.state = "recovering shards"
+        notifier.status(parts.state)
+        placements = {one.shard: one for one in layout.placements()}
+        logs = await self._open_shards(directory, placements, notifier, stack)
+        await self._start(placements, logs, stack)
+
+    def _say_ready(self, notifier: notify.Notifier) -> None:
+        parts = self._parts
+        parts.state = READY
+        log.info(
+            "ready", node=self._name, app_port=parts.server.port, shards=len(parts.shards), boot=parts.boot
+        )
+        notifier.ready(f"serving {len(parts.shards)} shards")
+
+    async def _open_shards(
+        self,
+        directory: DataDirectory,
+        placements: dict[int, Placement],
+        notifier: notify.Notifier,
+        stack: AsyncExitStack,
+    ) -> dict[int, DedicatedThread]:
+        """Recovery, a few shards at a time; nothing is served before all are done. Returns the log threads."""
         limit = trio.CapacityLimiter(OPENING_AT_ONCE)
         maintenance = ThreadRunner("maintenance")
+        logs: dict[int, DedicatedThread] = {}
+        mine = [one for one in placements.values() if self._name in one.voters]
 
         async def open_one(placement: Placement) -> None:
+            shard = placement.shard
             replica = await trio.to_thread.run_sync(
                 partial(
                     Replica.open,
-                    directory.path / f"shard-{placement.shard:03}",
-                    shard=placement.shard,
+                    directory.path / f"shard-{shard:03}",
+                    shard=shard,
                     node_id=directory.identity.node_id,
                     config=self._config.storage,
                 ),
                 limiter=limit,
             )
-            self._shards[placement.shard] = ShardActor(
+            logs[shard] = await stack.enter_async_context(DedicatedThread(f"wal-{shard}"))
+            self._parts.shards[shard] = ShardActor(
                 replica,
                 placement,
                 name=self._name,
-                log_runner=await stack.enter_async_context(DedicatedThread(f"wal-{placement.shard}")),
+                log_runner=logs[shard],
                 maintenance_runner=maintenance,
                 queue_max=self._config.limits.write_queue,
             )
-            log.info("recovered", shard=placement.shard, **asdict(replica.recovery))
-            notifier.extend_timeout(SHARD_S, f"recovered {len(self._shards)} of {len(self._mine)} shards")
+            log.info("recovered", shard=shard, **asdict(replica.recovery))
+            notifier.extend_timeout(SHARD_S, f"recovered {len(self._parts.shards)} of {len(mine)} shards")
 
         async with trio.open_nursery() as nursery:
-            for placement in self._mine:
+            for placement in mine:
                 nursery.start_soon(open_one, placement)
-
-    async def _close_shards(self, notifier: Notifier) -> None:
-        async def close_one(actor: ShardActor) -> None:
-            await trio.to_thread.run_sync(actor.replica.close)
-            notifier.extend_timeout(SHARD_S, f"closed shard {actor.shard}")
-
-        async with trio.open_nursery() as nursery:
-            for actor in self._shards.values():
-                nursery.start_soon(close_one, actor)
+        return logs
 
     async def _start(
-        self, nursery: trio.Nursery, hello: Hello, listener: PeerListener, stack: AsyncExitStack
+        self, placements: dict[int, Placement], logs: dict[int, DedicatedThread], stack: AsyncExitStack
     ) -> None:
-        config = self._config
-        supervisor = self._supervisor = Supervisor(nursery, policy=POLICY)
+        """Everything that serves, in the order in which one needs the other."""
+        parts, config = self._parts, self._config
+        supervisor, links, shards = parts.supervisor, parts.links, parts.shards
+        assert parts.layout is not None
         lane_thread = await stack.enter_async_context(DedicatedThread("search"))
-        lane = self._lane = SearchLane(lane_thread, queue_max=config.limits.requests_in_flight)
+        lane = parts.lane = SearchLane(lane_thread, queue_max=config.limits.requests_in_flight)
         await supervisor.start(lane, name="search-lane")
-        for shard, actor in sorted(self._shards.items()):
+        for shard, actor in sorted(shards.items()):
             await supervisor.start(actor, name=f"shard-{shard:03}")
-        for member in config.cluster.members:
+        for member in parts.layout.members:
             if member.name != self._name:
-                link = PeerLink(member.peer_address, hello, expect=member.name, limits=self._peer_limits())
-                self._links[member.name] = link
-                await supervisor.start(link, name=f"link-{member.name}")
-        local = LocalNode(self._shards, self._replicators, lane, config.cluster.shard_count)
-        self._handlers.update(handlers(local, self._shards, self._own_status))
-        await nursery.start(listener.run)
-        for shard, actor in sorted(self._shards.items()):
+                await links.add(member.name)
+        await supervisor.start(links, name="links")
+        local = LocalNode(shards, parts.replicators, lane, len(placements))
+        self._handlers.update(handlers(local, shards, lambda: own_status(parts)))
+        for shard, actor in sorted(shards.items()):
             if not actor.primary:
-                follower = Replicator(actor, self._links[actor.placement.primary], random.Random())
-                self._replicators[shard] = follower
+                follower = Replicator(actor, links[actor.placement.primary], random.Random())
+                parts.replicators[shard] = follower
                 await supervisor.start(follower, name=f"follow-{shard:03}")
-        cluster = StaticCluster(
-            self._name, self._placements, local, self._links, self._replicators, self._status
-        )
-        self._coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
-        await self._start_server(nursery)
+        cluster = GossipCluster(parts.members, placements, local, links, parts.replicators, parts.flags)
+        parts.coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
+        publisher = Publisher(parts.agent, shards, parts.replicators, lane, lane_thread.statistics)
+        watched = [
+            Watched(Health.DISK, f"the log of shard {s}", t.statistics) for s, t in sorted(logs.items())
+        ]
+        watched.append(Watched(Health.DEVICE, "the search lane", lane_thread.statistics))
+        parts.health = publisher.health = HealthWatch(watched, publisher.on_health)
+        await supervisor.start(parts.health, name="health")
+        await supervisor.start(publisher, name="publisher")
+        publisher.tell_shards()
 
-    async def _start_server(self, nursery: trio.Nursery) -> None:
+    def _app_server(self) -> AppServer:
         config = self._config
         limits = Limits(
             dim=config.storage.dim,
@@ -233,91 +335,28 @@ class Daemon:
             in_flight_max=config.limits.requests_in_flight,
             connection_in_flight_max=config.limits.requests_in_flight_per_connection,
         )
-        server = self._server = AppServer(
-            self._handle, limits, bounds, host=config.listen.host, port=config.listen.app_port
-        )
-        self._served = trio.Event()
+        return AppServer(self._handle, limits, bounds, host=config.listen.host, port=config.listen.app_port)
 
-        async def serve(*, task_status: trio.TaskStatus[int]) -> None:
-            try:
-                await server.run(task_status=task_status)
-            finally:
-                self._served.set()
+    async def _serve(self, *, task_status: trio.TaskStatus[int]) -> None:
+        try:
+            await self._parts.server.run(task_status=task_status)
+        finally:
+            self._served.set()
 
-        await nursery.start(serve)
-
-    def _handle(self, request: Request, connection: Connection) -> Awaitable[dict[str, Any]]:
-        assert self._coordinator is not None
-        return self._coordinator.handle(request)
-
-    # -- what operators see ---------------------------------------------------------------------------------------
-
-    def _own_status(self) -> dict[str, Any]:
-        return {
-            "node": self._name,
-            "shards": [self._shard_status(actor) for _, actor in sorted(self._shards.items())],
-        }
-
-    def _shard_status(self, actor: ShardActor) -> dict[str, Any]:
-        replica = actor.replica
-        numbers = replica.statistics()
-        follower = self._replicators.get(actor.shard)
-        return {
-            "shard": actor.shard,
-            "role": "primary" if actor.primary else "replica",
-            "primary": actor.placement.primary,
-            "voters": list(actor.placement.voters),
-            "epoch": replica.position.epoch,
-            "sequence": replica.position.sequence,
-            "items": replica.view.alive_rows,
-            "users": numbers.get("users", 0),
-            "fresh": replica.fresh_rows(),
-            "engine": self._config.storage.engine,
-            "lag": follower.behind if follower else 0,
-            "lag_ms": follower.lag_ms if follower else 0,
-            "state": follower.state if follower else "writing",
-        }
-
-    def _status(self) -> dict[str, Any]:
-        lag_ms = max((one.lag_ms for one in self._replicators.values()), default=0)
-        members = [
-            {
-                "name": member.name,
-                "app": member.app,
-                "region": member.region,
-                "zone": member.zone,
-                "state": "alive"
-                if member.name == self._name or self._links[member.name].connected
-                else "down",
-                "lag_ms": lag_ms if member.name == self._name else None,
-            }
-            for member in self._config.cluster.members
-        ]
-        assert self._server is not None
-        assert self._lane is not None
-        assert self._coordinator is not None
-        assert self._supervisor is not None
-        return {
-            **self._own_status(),
-            "cluster": self._config.cluster.id,
-            "version": version("gmco"),
-            "shard_count": self._config.cluster.shard_count,
-            "dim": self._config.storage.dim,
-            "metric": self._config.storage.metric,
-            "members": members,
-            "counters": {
-                "server": asdict(self._server.statistics()),
-                "search": self._lane.statistics(),
-                "router": self._coordinator.statistics(),
-                "writes": _sum([actor.counters for actor in self._shards.values()]),
-                "crashes": sum(one.crashes for one in self._supervisor.statistics()),
-            },
-        }
+    def _handle(self, request: Request, connection: Connection) -> Any | Awaitable[Any]:
+        if isinstance(request, Operating):
+            return self._operations.handle(request)
+        parts = self._parts
+        if parts.coordinator is None or parts.state != READY:
+            raise RequestError("unavailable", f"{self._name} is not ready: {parts.state}; ask another node")
+        return parts.coordinator.handle(request)
 
 
-def _sum(counters: list[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for one in counters:
-        for key, value in one.items():
-            total[key] = total.get(key, 0) + value
-    return total
+async def _close(shards: dict[int, ShardActor], notifier: notify.Notifier) -> None:
+    async def close_one(actor: ShardActor) -> None:
+        await trio.to_thread.run_sync(actor.replica.close)
+        notifier.extend_timeout(SHARD_S, f"closed shard {actor.shard}")
+
+    async with trio.open_nursery() as nursery:
+        for actor in shards.values():
+            nursery.start_soon(close_one, actor)

@@ -28,6 +28,11 @@ class Identity:
     node_id: str
     boots: int
 
+    @property
+    def member_id(self) -> int:
+        """By which gossip knows this node: the first half of its id."""
+        return int(self.node_id[:16], 16)
+
 
 class DataDirectory:
     """Holds the lock of a data directory for as long as it is open."""

@@ -55,6 +55,11 @@ class SearchLane:
     def statistics(self) -> dict[str, int]:
         return dict(self._counters)
 
+    @property
+    def waiting(self) -> int:
+        """Searches that wait for the next batch."""
+        return self._commit.statistics().waiting
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         await self._commit.run(task_status=task_status)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import ipaddress
 import sys
 from importlib.metadata import version
 
@@ -13,15 +12,18 @@ import structlog
 import trio
 from threadpoolctl import threadpool_limits
 
+from gossip.errors import KeyringError
 from node import config as configuration
 from node import logs, openfiles
-from node.config import Config, ConfigError
-from node.daemon import Daemon
+from node.config import Config, ConfigError, loopback
+from node.daemon import Daemon, SupersededError
 from node.supervisor import ActorGaveUpError
 from storage.errors import StorageError
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+# Told apart, so that systemd does not start again what would take the name from the other process.
+EXIT_SUPERSEDED = 3
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +45,7 @@ def main() -> int:
     except ConfigError as error:
         return _fail("config", str(error), EXIT_CONFIG)
     if arguments.command == "check-config":
-        print(f"{arguments.config}: good; node {config.node.name} of {len(config.cluster.members)}")  # noqa: T201 - the command's answer
+        print(f"{arguments.config}: good; {_summary(config)}")  # noqa: T201 - the command's answer
         for warning in config.warnings:
             print(f"warning: {warning}")  # noqa: T201 - the command's answer
         return 0
@@ -63,10 +65,18 @@ def _with_files(config: Config) -> Config:
     return dataclasses.replace(config, limits=limits)
 
 
+def _summary(config: Config) -> str:
+    cluster = config.cluster
+    if cluster.alone:
+        return f"node {config.node.name}, a cluster of its own"
+    how = f"formed by {cluster.bootstrap} nodes" if cluster.bootstrap else "joined only"
+    return f"node {config.node.name} of cluster {cluster.id}, {how}, {len(cluster.seeds)} seeds"
+
+
 def _run(config: Config) -> int:
     for warning in config.warnings:
         log.warning("config", warning=warning)
-    if not _loopback(config.listen.host):
+    if not loopback(config.listen.host):
         log.warning(
             "insecure",
             warning=f"listening on {config.listen.host} without TLS and tokens: everyone who reaches these ports may "
@@ -79,7 +89,9 @@ def _run(config: Config) -> int:
             trio.run(Daemon(config).run)
     except BaseException as group:
         error = _cause(group)
-        if isinstance(error, (StorageError, ActorGaveUpError)):
+        if isinstance(error, SupersededError):
+            return _fail(error.code, str(error), EXIT_SUPERSEDED)
+        if isinstance(error, (StorageError, KeyringError, ActorGaveUpError)):
             return _fail(getattr(error, "code", "gave_up"), str(error))
         if isinstance(error, OSError):
             if error.errno == errno.EADDRINUSE:
@@ -103,13 +115,6 @@ def _cause(error: BaseException) -> BaseException:
 def _fail(code: str, message: str, exit_code: int = EXIT_FAILED) -> int:
     print(f"gmco-node: error[{code}]: {message}", file=sys.stderr)  # noqa: T201 - the process's last words
     return exit_code
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

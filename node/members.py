@@ -1,52 +1,242 @@
-"""The cluster as this node knows it: static members, links to them, placements. Implements `router.ports.Cluster`."""
+"""Who is in the cluster, by name: what gossip tells, read once and kept until it tells something else."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Protocol
 
-from node.local import LocalNode
-from node.peerlink import PeerLink
-from node.remote import RemoteNode
-from node.replicator import Replicator
-from router.layout import Placement
-from router.ports import Node
+import structlog
+import trio
+
+from gossip.effects import Event
+from gossip.machine import MemberView
+from gossip.messages import State
+from node import facts
+from node.config import Address
+from node.facts import Health, Held, Hot, NodeFact
+from node.logs import Every
+from router.layout import Layout
+
+log = structlog.get_logger(__name__)
+
+REFUSED_EVERY_S = 60.0
+NAMES_MAX = 8_192
 
 
-class StaticCluster:
-    """Members and placements from the config; a member is alive while our link to it is up."""
+class Gossip(Protocol):
+    """What the node needs of gossip; `gossip.agent.Agent` is that. Times of members are `trio.current_time()`."""
 
-    def __init__(
-        self,
-        local: str,
-        placements: Mapping[int, Placement],
-        node: LocalNode,
-        links: Mapping[str, PeerLink],
-        replicators: Mapping[int, Replicator],
-        status: Callable[[], dict[str, Any]],
-    ) -> None:
-        self.local = local
-        self.shard_count = len(placements)
-        self._placements = placements
-        self._links = links
-        self._replicators = replicators
-        self._status = status
-        self._nodes: dict[str, Node] = {local: node}
-        self._nodes.update((name, RemoteNode(name, link)) for name, link in links.items())
+    # Called on the loop, at once, whenever something becomes known.
+    watch: list[Callable[[Event], None]]
+    # Set when another process with our id and a higher boot is there.
+    superseded: trio.Event
 
-    def node(self, name: str) -> Node:
-        return self._nodes[name]
+    def members(self) -> list[MemberView]: ...
+    def facts(self, id: int) -> Mapping[bytes, bytes]: ...
+    def hot(self, id: int) -> bytes: ...
+    def set_fact(self, key: bytes, value: bytes) -> None: ...
+    def set_hot(self, value: bytes) -> None: ...
+    def lost_link(self, id: int) -> None: ...
+    def forget(self, id: int) -> None: ...
+    async def leave(self) -> None: ...
 
-    def placement(self, shard: int) -> Placement:
-        return self._placements[shard]
 
-    def alive(self, name: str) -> bool:
-        return name == self.local or self._links[name].connected
+class Known:
+    """A member as its news tell. What changes often (the hot vector) is asked of gossip and decoded when it is new."""
 
-    def lag_ms(self, name: str, shard: int) -> int:
-        """Known only of our own replicas until lag is gossiped."""
-        replicator = self._replicators.get(shard) if name == self.local else None
-        return 0 if replicator is None else replicator.age_ms
+    def __init__(self, gossip: Gossip, view: MemberView, fact: NodeFact | None) -> None:
+        self.view = view
+        self.id = view.id
+        self.fact = fact
+        self.name = fact.name if fact is not None else f"{view.id:016x}"
+        self._gossip = gossip
+        told = gossip.facts(view.id)
+        self.view_of_cluster = told.get(facts.WAITING, b"")
+        self.reason = facts.reason_text(told.get(facts.DEGRADED, b""))
+        self.layout, self.layout_partial = _layout(told, self.name)
+        shards = told.get(facts.SHARDS, b"")
+        self.held = _held(shards, self.name)
+        self._fingerprint = facts.shards_fingerprint(shards)
+        self._hot_bytes = b""
+        self._hot: Hot | None = None
+        self._lags: dict[int, int] = {}
 
-    def status(self) -> dict[str, Any]:
-        return self._status()
+    @property
+    def state(self) -> State:
+        return self.view.state
+
+    @property
+    def address(self) -> Address:
+        return Address(*self.view.address)
+
+    @property
+    def alive(self) -> bool:
+        """Not known to be dead: a suspect may still answer."""
+        return self.view.state <= State.SUSPECT
+
+    @property
+    def hot(self) -> Hot | None:
+        value = self._gossip.hot(self.id)
+        if value != self._hot_bytes:
+            self._hot_bytes, self._hot = value, facts.unpack_hot(value)
+            self._lags = {}
+            if self._hot is not None and self._hot.fingerprint == self._fingerprint:
+                pairs = zip(self.held, self._hot.lags, strict=False)
+                self._lags = {
+                    one.shard: int(facts.log_value(byte, facts.LAG_UNIT_MS)) for one, byte in pairs if byte
+                }
+        return self._hot
+
+    @property
+    def health(self) -> Health:
+        hot = self.hot
+        return Health(0) if hot is None else hot.health
+
+    @property
+    def lags_ms(self) -> Mapping[int, int]:
+        """By shard, of those that lag. Empty while the list of shards that they speak of is not known."""
+        return self._lags if self.hot is not None else {}
+
+
+class Members:
+    """The member table by name. Of two members of one name the living one counts, then the one of the smaller id."""
+
+    def __init__(self, gossip: Gossip, own: NodeFact, own_id: int) -> None:
+        self.own, self.own_id = own, own_id
+        self.gossip = gossip
+        # Called with each event after the table has been marked old.
+        self.watch: list[Callable[[Event], None]] = []
+        self._by_id: dict[int, Known] = {}
+        self._by_name: dict[str, Known] = {}
+        self._all: list[Known] = []
+        # Of those who have left, too: what is said of them later should name them.
+        self._names: dict[int, str] = {}
+        self._old = True
+        # Whose facts must be read again; parsing those of everybody at each event would cost a large cluster seconds.
+        self._changed: set[int] = set()
+        self._conflicts: dict[str, tuple[int, ...]] = {}
+        gossip.watch.append(self._on_event)
+
+    def _on_event(self, event: Event) -> None:
+        self._old = True
+        self._changed.add(event.id)
+        for told in self.watch:
+            told(event)
+
+    def refresh(self) -> None:
+        """Makes the next read see what comes without an event: when a member was heard last."""
+        self._old = True
+
+    def get(self, name: str) -> Known | None:
+        """The member of that name, ourselves included, as far as anybody has told us of one."""
+        if self._old:
+            self._read()
+        return self._by_name.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.get(name) is not None
+
+    def all(self) -> list[Known]:
+        """Every member, by name, those included that have not said their name yet."""
+        if self._old:
+            self._read()
+        return self._all
+
+    def others(self) -> list[Known]:
+        return [one for one in self.all() if one.id != self.own_id]
+
+    def address(self, name: str) -> Address | None:
+        known = self.get(name)
+        return None if known is None or known.fact is None else known.address
+
+    def name_of(self, id: int) -> str:
+        """A member's name, present or past; its id in hex when it has not said one."""
+        if self._old:
+            self._read()
+        return self._names.get(id, f"{id:016x}")
+
+    def _read(self) -> None:
+        self._old = False
+        before, self._by_id = self._by_id, {}
+        for view in self.gossip.members():
+            known = before.get(view.id)
+            # Of our own facts there is no event.
+            own = view.id == self.own_id
+            if known is None or own or view.id in self._changed or known.view.boot != view.boot:
+                fact = self.own if own else _fact(self.gossip.facts(view.id), view.id)
+                known = Known(self.gossip, view, fact)
+            known.view = view
+            self._by_id[view.id] = known
+            if known.fact is not None:
+                self._names[view.id] = known.name
+        while len(self._names) > NAMES_MAX:
+            del self._names[next(iter(self._names))]
+        self._changed.clear()
+        self._all = list(self._by_id.values())
+        self._all.sort(key=lambda one: (one.name, not one.alive, one.id))
+        self._by_name = {}
+        claimed: dict[str, list[int]] = {}
+        for one in self._all:
+            self._by_name.setdefault(one.name, one)
+            if one.alive:
+                claimed.setdefault(one.name, []).append(one.id)
+        self._tell_conflicts({name: tuple(ids) for name, ids in claimed.items() if len(ids) > 1})
+
+    def _tell_conflicts(self, conflicts: dict[str, tuple[int, ...]]) -> None:
+        for name, ids in conflicts.items():
+            if self._conflicts.get(name) != ids:
+                shown = [f"{id:016x}" for id in ids]
+                log.error(
+                    "name_conflict",
+                    name=name,
+                    ids=shown,
+                    chosen=shown[0],
+                    message="two nodes share one name; give one of them another node.name",
+                )
+        self._conflicts = conflicts
+
+    def problems(self) -> list[str]:
+        """What a person should mend, in sentences."""
+        self.all()
+        return [
+            f'name_conflict: {len(ids)} nodes are named "{name}"; each needs its own node.name'
+            for name, ids in self._conflicts.items()
+        ]
+
+
+# A fact of a newer or broken version is skipped, and told now and then.
+_refused = Every(REFUSED_EVERY_S)
+
+
+def _tell_refused(of: str, error: facts.FactError) -> None:
+    if (held_back := _refused.due()) is not None:
+        log.warning("fact_refused", member=of, reason=str(error), held_back=held_back)
+
+
+def _fact(told: Mapping[bytes, bytes], id: int) -> NodeFact | None:
+    value = told.get(facts.NODE, b"")
+    if not value:
+        return None
+    try:
+        return facts.unpack_node(value)
+    except facts.FactError as error:
+        _tell_refused(f"{id:016x}", error)
+        return None
+
+
+def _layout(told: Mapping[bytes, bytes], name: str) -> tuple[Layout | None, bool]:
+    """The layout that a member goes by, and whether only a part of it is known."""
+    try:
+        layout = facts.unpack_layout(told)
+    except facts.FactError as error:
+        _tell_refused(name, error)
+        return None, True
+    return layout, layout is None and bool(told.get(facts.LAYOUT))
+
+
+def _held(shards: bytes, name: str) -> list[Held]:
+    try:
+        return facts.unpack_shards(shards)
+    except facts.FactError as error:
+        _tell_refused(name, error)
+        return []

@@ -18,7 +18,11 @@ from typing import Any
 import msgpack
 import trio
 
+from gossip.agent import MAGIC as GOSSIP_MAGIC
 from node.frames import HEADER, HEARTBEAT, HELLO_BYTES_MAX, MAGIC, FrameParser, ProtocolError, unpack_message
+
+# One listener serves both, and tells them apart by their first bytes.
+assert len(MAGIC) == len(GOSSIP_MAGIC)
 
 RECEIVE_BYTES = 64 << 10
 # While a big frame arrives, larger reads save wake-ups.
@@ -108,14 +112,15 @@ class Connection:
     async def send_magic(self) -> None:
         await self._stream.send_all(MAGIC)
 
-    async def receive_magic(self) -> None:
-        """Raises ProtocolError when the first bytes are not a peer's."""
+    async def receive_magic(self) -> bytes:
+        """MAGIC or GOSSIP_MAGIC. Raises ProtocolError when the first bytes are neither."""
         seen = b""
         while len(seen) < len(MAGIC):
             chunk = await self._stream.receive_some(len(MAGIC) - len(seen))
             seen += bytes(chunk)
-            if not chunk or not MAGIC.startswith(seen):
+            if not chunk or not any(magic.startswith(seen) for magic in (MAGIC, GOSSIP_MAGIC)):
                 raise ProtocolError(f"not a peer: the connection begins with {seen[:8]!r}")
+        return seen
 
     async def send_hello(self, payload: bytes) -> None:
         await self._stream.send_all(HEADER.pack(len(payload)) + payload)

@@ -1,6 +1,6 @@
 """Asking another node: one framed TCP connection that is kept up, many calls at once.
 
-    link = PeerLink(address, hello, expect="node-2")
+    link = PeerLink(lambda: address, hello, expect="node-2")
     nursery.start_soon(link.run)
     reply = await link.call("search", body, timeout_s=0.03)
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, NoReturn
@@ -128,17 +129,22 @@ class PeerLink:
 
     def __init__(
         self,
-        address: Address,
+        where: Callable[[], Address | None],
         hello: Hello,
         *,
         expect: str | None = None,
         limits: PeerLimits | None = None,
         jitter: random.Random | None = None,
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """`expect`: the peer's name; a node of another name at that address is refused."""
-        self.address = address
-        self.name = expect or str(address)
+        """`where`: asked before each try; None: not known yet. `expect`: the peer's name; a node of another name there is
+        refused. `lost`: called when a connection that was up has ended and it was not we who ended it."""
+        self.name = expect or str(where())
         self.peer: Hello | None = None
+        self.address: Address | None = None
+        self._where, self._lost = where, lost
+        self._moved = False
+        self._pause = trio.CancelScope()
         self._hello, self._expect = hello, expect
         self._limits = limits or PeerLimits()
         self._jitter = jitter or random.Random()
@@ -148,12 +154,21 @@ class PeerLink:
         self._ids = count(1)
         self._due: list[tuple[float, int]] = []
         self._sweep = trio.CancelScope()
+        self._backoff_s = BACKOFF_MIN_S
         self._last_error = "not connected yet"
         self._called = self._connects = self._failed = self._overloaded = self._timeouts = 0
 
     @property
     def connected(self) -> bool:
         return self._conn is not None
+
+    def look_again(self) -> None:
+        """The peer may have moved or started again: ends a connection to where it is no more, and tries at once."""
+        self._backoff_s = BACKOFF_MIN_S
+        self._pause.cancel()
+        if self._conn is not None and self.address != self._where():
+            self._moved = True
+            self._conn.close("it has moved to another address")
 
     async def wait_connected(self) -> None:
         """Returns once the hello has been agreed on; at once when it already is."""
@@ -197,27 +212,30 @@ class PeerLink:
         raise AssertionError("unreachable")
 
     async def _connect_forever(self) -> NoReturn:
-        backoff_s = BACKOFF_MIN_S
+        self._backoff_s = BACKOFF_MIN_S
         while True:
+            self._pause = trio.CancelScope()
             began = trio.current_time()
-            error = await self._connect_once()
+            self.address = self._where()
+            error = await self._connect_once(self.address) if self.address else "its address is not known yet"
             if error != self._last_error:
                 log.warning("peer_down", peer=self.name, address=str(self.address), reason=error)
             self._last_error = error
             if trio.current_time() - began > BACKOFF_MAX_S:
-                backoff_s = BACKOFF_MIN_S
-            # Jitter, so that a peer that comes back is not met by everybody at once.
-            await trio.sleep(backoff_s * self._jitter.uniform(0.5, 1.0))
-            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+                self._backoff_s = BACKOFF_MIN_S
+            with self._pause:
+                # Jitter, so that a peer that comes back is not met by everybody at once.
+                await trio.sleep(self._backoff_s * self._jitter.uniform(0.5, 1.0))
+            self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
 
-    async def _connect_once(self) -> str:
+    async def _connect_once(self, address: Address) -> str:
         """One connection, from its first byte to its end; returns why it ended."""
         try:
             with trio.fail_after(CONNECT_S):
-                stream = await trio.open_tcp_stream(self.address.host, self.address.port)
+                stream = await trio.open_tcp_stream(address.host, address.port)
         except (OSError, trio.TooSlowError) as error:
             self._failed += 1
-            return f"connecting to {self.address} failed: {error or 'timed out'}"
+            return f"connecting to {address} failed: {error or 'timed out'}"
         conn = Connection(stream, self._limits)
         try:
             with trio.fail_after(self._limits.hello_s):
@@ -228,17 +246,20 @@ class PeerLink:
             said = str(error) or (
                 "no hello in time" if isinstance(error, trio.TooSlowError) else "lost in the hello"
             )
-            return f"{self.address}: {said}"
+            return f"{address}: {said}"
         except BaseException:
             await conn.aclose()
             raise
         self._connects += 1
         self._conn = conn
         self._up.set()
-        log.info("peer_up", peer=self.name, address=str(self.address), boot=self.peer and self.peer.boot)
+        log.info("peer_up", peer=self.name, address=str(address), boot=self.peer and self.peer.boot)
         reason = "this node is stopping"
+        self._moved = False
         try:
             reason = await conn.run(self._on_message)
+            if not self._moved:
+                self._lost()
             return reason
         finally:
             self._conn = None
@@ -255,7 +276,7 @@ class PeerLink:
         check_hello(self._hello, theirs)
         if self._expect is not None and theirs.node != self._expect:
             raise HelloRefusedError(
-                f'expected "{self._expect}", found "{theirs.node}"; check the members\' addresses'
+                f'expected "{self._expect}", found "{theirs.node}"; gossip will tell where it is'
             )
         self.peer = theirs
         self.name = theirs.node

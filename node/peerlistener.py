@@ -20,9 +20,11 @@ import outcome
 import structlog
 import trio
 
+from gossip.agent import MAGIC as GOSSIP_MAGIC
 from node.config import Address
 from node.frames import (
     ERROR,
+    MAGIC,
     REPLY,
     REQUEST,
     Hello,
@@ -72,9 +74,14 @@ class PeerListener:
         listen: Address,
         limits: PeerLimits | None = None,
         known: Container[str] | None = None,
+        gossip: Callable[[trio.abc.Stream], Awaitable[None]] | None = None,
     ) -> None:
-        """`known`: names of peers that may connect; None lets in every node of the cluster."""
+        """`known`: names of peers that may connect; None lets in every node of the cluster. `gossip`: takes connections
+        that begin with its magic, which has been read."""
         self.handlers = handlers
+        # Why no peer is let in yet; gossip is served from the start.
+        self.closed = ""
+        self._gossip = gossip
         self._hello, self._listen, self._known = hello, listen, known
         self._limits = limits or PeerLimits()
         self._listeners: list[trio.SocketListener] = []
@@ -119,11 +126,16 @@ class PeerListener:
             return
         self._open += 1
         try:
-            with trio.move_on_after(self._limits.hello_s) as in_time:
-                peer = await self._shake_hands(conn)
-            if in_time.cancelled_caught or peer is None:
-                return
-            await self._serve_peer(conn, peer)
+            peer: Hello | None = None
+            magic = b""
+            with trio.move_on_after(self._limits.hello_s):
+                magic = await conn.receive_magic()
+                if magic == MAGIC:
+                    peer = await self._shake_hands(conn)
+            if peer is not None:
+                await self._serve_peer(conn, peer)
+            elif magic == GOSSIP_MAGIC and self._gossip is not None:
+                await self._gossip(stream)
         except ProtocolError as error:
             self._protocol_errors += 1
             # Whoever sends rubbish must not fill the disk with our complaints: the counter has them all.
@@ -142,14 +154,14 @@ class PeerListener:
             await conn.aclose()
 
     async def _shake_hands(self, conn: Connection) -> Hello | None:
-        await conn.receive_magic()
         theirs, _ = unpack_hello(await conn.receive_hello())
         refused = self._why_refused(theirs)
         await conn.send_hello(pack_hello(self._hello, refused))
         if refused is None:
             return theirs
         self._refused_hellos += 1
-        log.warning("peer_refused", peer=theirs.node, reason=refused)
+        if not self.closed:
+            log.warning("peer_refused", peer=theirs.node, reason=refused)
         return None
 
     def _why_refused(self, theirs: Hello) -> str | None:
@@ -157,8 +169,10 @@ class PeerListener:
             check_hello(self._hello, theirs)
         except HelloRefusedError as error:
             return str(error)
+        if self.closed:
+            return self.closed
         if self._known is not None and theirs.node not in self._known:
-            return f'"{theirs.node}" is not in cluster.members of {self._hello.node}; add it there'
+            return f'{self._hello.node} has not heard of "{theirs.node}" by gossip yet'
         here = self._peers.get(theirs.node)
         if here is not None and here.peer.boot > theirs.boot:
             return (

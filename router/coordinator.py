@@ -11,6 +11,7 @@ import numpy.typing as npt
 import trio
 
 from router import coverage, merge, requests
+from router.coverage import Sight
 from router.errors import Code, RequestError, known
 from router.ports import Answers, Cluster, NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord
 from router.requests import Session
@@ -56,10 +57,6 @@ class Found:
         return answer
 
 
-# A replica that lags more is asked only when no other is left.
-LAG_MS_MAX = 2_000
-
-
 class Coordinator:
     """Answers parsed requests over a `Cluster`. Holds no state but counters."""
 
@@ -77,7 +74,6 @@ class Coordinator:
             requests.Get: self._get,
             requests.Put: self._writer.put,
             requests.Delete: self._writer.delete,
-            requests.Status: self._status,
         }
         self.counters = {"retries": 0, "partial": 0}
 
@@ -89,9 +85,6 @@ class Coordinator:
         return await self._answers[type(request)](request)
 
     # -- the ops ------------------------------------------------------------------------------------------------
-
-    async def _status(self, request: requests.Status) -> dict[str, Any]:
-        return self._cluster.status()
 
     async def _search(self, request: requests.Search) -> dict[str, Any]:
         return self._reply(await self._find(request.vector, request))
@@ -179,19 +172,27 @@ class Coordinator:
     def _deadline(self, timeout_ms: float | None) -> float:
         return trio.current_time() + (timeout_ms or self._config.deadline_ms) / 1000
 
-    def _candidates(self, shard: int, failed: set[tuple[str, int]]) -> list[str]:
-        """Live replicas of a shard, level ones before lagging ones, in the placement's order."""
-        cluster = self._cluster
-        names = [n for n in cluster.placement(shard).voters if (n, shard) not in failed and cluster.alive(n)]
-        lag = [cluster.lag_ms(n, shard) for n in names]
-        level = [n for n, ms in zip(names, lag, strict=True) if ms <= LAG_MS_MAX]
-        # All lag: the freshest, and the answer says how old it may be.
-        return level or [n for n, ms in zip(names, lag, strict=True) if ms == min(lag)]
-
     def _assign(
         self, shards: Sequence[int], failed: set[tuple[str, int]]
     ) -> tuple[dict[str, list[int]], list[int]]:
-        return coverage.cover(shards, lambda shard: self._candidates(shard, failed), self._cluster.local)
+        cluster = self._cluster
+        # Each node is looked at once, whatever the number of its shards.
+        seen: dict[str, Sight | None] = {}
+
+        def sight(name: str) -> Sight | None:
+            if name not in seen:
+                seen[name] = (
+                    Sight(cluster.avoid(name), cluster.lags_ms(name)) if cluster.alive(name) else None
+                )
+            return seen[name]
+
+        def candidates(shard: int) -> list[str]:
+            voters: Sequence[str] = cluster.placement(shard).voters
+            if failed:
+                voters = [name for name in voters if (name, shard) not in failed]
+            return coverage.choose(shard, voters, sight, cluster.local)
+
+        return coverage.cover(shards, candidates, cluster.local)
 
     def _try_s(self, deadline: float) -> float:
         """Time for the next try. The last bit of a deadline is not worth a message."""
@@ -326,7 +327,7 @@ class Coordinator:
 
 def _stale(age_ms: int) -> dict[str, int]:
     """The reply's word that it may be too old; replicas that do not lag count as level."""
-    return {"stale_ms": age_ms} if age_ms > LAG_MS_MAX else {}
+    return {"stale_ms": age_ms} if age_ms > coverage.LAG_MS_MAX else {}
 
 
 def _merge(

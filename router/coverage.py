@@ -2,7 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+# A replica that lags more is asked only when no other is left.
+LAG_MS_MAX = 2_000
+
+
+class Sight(NamedTuple):
+    """What is seen of a live node: whether to avoid it, and its lags by shard (absent: level)."""
+
+    unwell: bool
+    lags_ms: Mapping[int, int]
+
+
+def choose(shard: int, voters: Sequence[str], sight: Callable[[str], Sight | None], prefer: str) -> list[str]:
+    """The replicas of a shard worth asking, in the given order: the well and level ones; else the level ones; else the
+    freshest, and the answer says how old it may be. `sight` of a dead node is None. Just `prefer`, when it is as good as any.
+    """
+    if prefer in voters:
+        seen = sight(prefer)
+        if seen is not None and not seen.unwell and seen.lags_ms.get(shard, 0) <= LAG_MS_MAX:
+            return [prefer]
+    well: list[str] = []
+    level: list[str] = []
+    freshest: list[str] = []
+    least = 0
+    for name in voters:
+        seen = sight(name)
+        if seen is None:
+            continue
+        lag_ms = seen.lags_ms.get(shard, 0)
+        if lag_ms <= LAG_MS_MAX:
+            (level if seen.unwell else well).append(name)
+        elif not freshest or lag_ms < least:
+            freshest, least = [name], lag_ms
+        elif lag_ms == least:
+            freshest.append(name)
+    return well or level or freshest
 
 
 def cover(

@@ -18,6 +18,8 @@ Code = Literal[
     "too_large",
     "unknown_user",
     "unknown_item",
+    "unknown_node",
+    "refused",
     "overloaded",
     "indexing",
     "disk_full",

@@ -17,11 +17,15 @@ dead end, an augmenting path (as in bipartite matching) makes room, see `_Assign
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import ceil
+
+import msgpack
 
 from router.ring import Ring
 
@@ -35,6 +39,61 @@ class Member:
     zone: str = "local"
     host: str = ""
     capacity: int = 1
+
+
+class LayoutError(ValueError):
+    """These bytes are not a layout, or one that this build cannot read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The wish, as one value: which members hold how many shards how often. `members`: by name."""
+
+    version: int
+    shard_count: int
+    replication: int
+    members: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        if names != sorted(set(names)):
+            raise LayoutError("a layout lists its members by name, each once")
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The same bytes on every node for the same layout: what `hash` covers and what travels."""
+        members = [list(astuple(member)) for member in self.members]
+        packed: bytes = msgpack.packb([1, self.version, self.shard_count, self.replication, members])
+        return packed
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits of SHA-256 over the canonical bytes."""
+        return hashlib.sha256(self.canonical).hexdigest()[:16]
+
+    def placements(self) -> list[Placement]:
+        return place(self.members, self.shard_count, self.replication)
+
+
+def layout_from(canonical: bytes) -> Layout:
+    """The layout of these canonical bytes. Raises LayoutError."""
+    try:
+        _form, version, shard_count, replication, members = msgpack.unpackb(canonical)
+        layout = Layout(
+            version=int(version),
+            shard_count=int(shard_count),
+            replication=int(replication),
+            members=tuple(
+                Member(name=name, region=region, zone=zone, host=host, capacity=capacity)
+                for name, region, zone, host, capacity in members
+            ),
+        )
+        # Another form than 1, too, has other bytes.
+        if layout.canonical == canonical:
+            return layout
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise LayoutError(f"not the bytes of a layout: {error}") from error
+    raise LayoutError("not the canonical bytes of a layout that this build knows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -138,9 +138,11 @@ class Cluster(Protocol):
 
     def placement(self, shard: int) -> Placement: ...
 
-    def alive(self, name: str) -> bool: ...
+    def alive(self, name: str) -> bool:
+        """Whether it is worth a try."""
 
-    def lag_ms(self, name: str, shard: int) -> int:
-        """How far behind a replica is; 0 when level, or when nothing is known against it."""
+    def avoid(self, name: str) -> bool:
+        """Whether another replica is the better choice: this one is suspected, or says that it is not well."""
 
-    def status(self) -> dict[str, Any]: ...
+    def lags_ms(self, name: str) -> Mapping[int, int]:
+        """How far behind a node's replicas are, by shard; absent: level, or nothing is known against it."""

@@ -15,8 +15,9 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from router import shapes
+from router import operating, shapes
 from router.errors import RequestError
+from router.operating import Operating
 from router.shapes import Ack
 from router.vectors import Vectors, from_wire
 from storage.config import Metric
@@ -46,11 +47,6 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
     pass
 
 
@@ -122,14 +118,15 @@ class Delete:
     timeout_ms: float | None
 
 
-Request = Ping | Status | Recommend | Similar | Search | Batch | Get | Put | Delete
+Request = Ping | Operating | Recommend | Similar | Search | Batch | Get | Put | Delete
 
 PING = Ping()
-STATUS = Status()
 
 
 def parse(op: str, fields: dict[str, Any], limits: Limits) -> Request:
     """The request that `op` and its fields (without `id` and `op`) ask for. Raises RequestError only."""
+    if op in operating.PARSERS:
+        return operating.PARSERS[op](fields)
     parser = _PARSERS.get(op)
     if parser is None:
         raise RequestError(
@@ -142,12 +139,6 @@ def _ping(fields: dict[str, Any], limits: Limits) -> Ping:
     if fields:
         shapes.convert(fields, shapes.NothingFields)
     return PING
-
-
-def _status(fields: dict[str, Any], limits: Limits) -> Status:
-    if fields:
-        shapes.convert(fields, shapes.NothingFields)
-    return STATUS
 
 
 def _recommend(fields: dict[str, Any], limits: Limits) -> Recommend:
@@ -253,7 +244,6 @@ def _delete(kind: Kind, raw: shapes.WriteFields, ids: list[int | str], field: st
 
 _PARSERS: dict[str, Callable[[dict[str, Any], Limits], Request]] = {
     "ping": _ping,
-    "status": _status,
     "recommend": _recommend,
     "similar": _similar,
     "search": _search,
@@ -264,7 +254,7 @@ _PARSERS: dict[str, Callable[[dict[str, Any], Limits], Request]] = {
     "delete_items": _delete_items,
     "delete_users": _delete_users,
 }
-OPS = frozenset(_PARSERS)
+OPS = frozenset(_PARSERS) | frozenset(operating.PARSERS)
 
 # ---- Single values ----
 

@@ -108,6 +108,22 @@ class DeleteUsersFields(WriteFields, forbid_unknown_fields=True, kw_only=True):
     user_ids: list[Id]
 
 
+class EventsFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    after: Natural = 0
+    wait_ms: Annotated[float, Meta(ge=0, le=60_000)] = 0
+
+
+class ForgetNodeFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    node: Annotated[str, Meta(min_length=1, max_length=64)]
+
+
+class KeyringFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    action: Literal["list", "install", "use", "remove"]
+    key: Any = None  # bytes or hex
+    fingerprint: Annotated[str, Meta(max_length=64)] | None = None
+    timeout_ms: Timeout = None
+
+
 # ---- msgspec's sentences, as our codes ----
 
 _SENTENCE = re.compile(r"(?P<what>.*?)(?: - at `(?:key` in `)?\$?\.?(?P<path>[^`]*)`)?$", re.DOTALL)

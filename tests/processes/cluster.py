@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gmco
 from admin.cluster import die_with_parent
@@ -47,6 +49,11 @@ class Daemon:
         return f"ws://127.0.0.1:{self.app_port}"
 
     @property
+    def peer_port(self) -> int:
+        port: int = tomllib.loads(self.config.read_text())["listen"]["peer_port"]
+        return port
+
+    @property
     def data(self) -> Path:
         return self.folder / self.name
 
@@ -69,18 +76,37 @@ class Daemon:
             self.wait_ready()
 
     def wait_ready(self) -> None:
+        """Until it serves, and everybody whom it takes for alive is linked to it."""
         deadline = time.monotonic() + READY_S
         while True:
             assert self.process is not None
             code = self.process.poll()
             assert code is None, f"{self.name} ended with {code}:\n{self.tail()}"
-            try:
-                with gmco.connect_blocking([self.url], timeout_s=1.0) as client:
-                    client.ping()
+            with contextlib.suppress(gmco.GmcoError):
+                status = self.status()
+                alive = [one for one in status["members"] if one["state"] == "alive"]
+                if status["state"] == "ready" and all(one["connected"] for one in alive):
                     return
-            except gmco.GmcoError:
-                assert time.monotonic() < deadline, f"{self.name} is not ready:\n{self.tail()}"
-                time.sleep(0.05)
+            assert time.monotonic() < deadline, f"{self.name} is not ready:\n{self.tail()}"
+            time.sleep(0.05)
+
+    def status(self) -> dict[str, Any]:
+        with gmco.connect_blocking([self.url], timeout_s=1.0) as client:
+            return client.status()
+
+    def states(self) -> dict[str, str]:
+        """Of each member, as this node sees it."""
+        return {one["name"]: one["state"] for one in self.status()["members"]}
+
+    def wait_states(self, wanted: dict[str, str], timeout_s: float) -> float:
+        """Until it sees the members so, others aside; returns the seconds that took."""
+        began = time.monotonic()
+        while True:
+            states = self.states()
+            if {**states, **wanted} == states:
+                return time.monotonic() - began
+            assert time.monotonic() - began < timeout_s, f"{self.name} sees {states}:\n{self.tail()}"
+            time.sleep(0.02)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
@@ -107,45 +133,60 @@ class Daemon:
         return self.process is not None and self.process.poll() is None
 
 
-def config_text(
+def member(
+    folder: Path,
     name: str,
-    members: list[tuple[str, int, int]],
+    ports: Sequence[int],
+    seeds: Sequence[int],
     *,
-    storage: str = "",
+    bootstrap: int,
+    storage: str = "dim = 16",
     replication: int = 3,
     shard_count: int = 4,
-) -> str:
-    """TOML of one node. members: (name, peer port, app port) of all."""
-    _, peer_port, app_port = next(m for m in members if m[0] == name)
+    more: str = "",
+) -> Daemon:
+    """One node, not started. ports: peer and app; seeds: peer ports; more: further sections of its settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    peer_port, app_port = ports
+    listed = ", ".join(f'"127.0.0.1:{port}"' for port in seeds)
     lines = [
-        f'[node]\nname = "{name}"\ndata_dir = "{name}"',
+        f'[node]\nname = "{name}"\ndata_dir = "{name}"\nzone = "{name}"',
         f'[listen]\nhost = "127.0.0.1"\napp_port = {app_port}\npeer_port = {peer_port}',
         f'[cluster]\nid = "test"\nshard_count = {shard_count}\nreplication = {replication}',
+        f"seeds = [{listed}]\nbootstrap = {bootstrap}",
+        f"[storage]\n{storage}",
+        more,
     ]
-    lines += [
-        f'[[cluster.members]]\nname = "{member}"\npeer = "127.0.0.1:{peer}"\napp = "ws://127.0.0.1:{app}"\nzone = "{member}"'
-        for member, peer, app in members
-    ]
-    lines.append(f"[storage]\n{storage}")
-    return "\n".join(lines) + "\n"
+    return Daemon(name, folder, "\n".join(lines) + "\n", app_port)
 
 
 @contextlib.contextmanager
 def cluster(
-    folder: Path, count: int = 3, *, storage: str = "dim = 16", replication: int = 3, shard_count: int = 4
+    folder: Path,
+    count: int = 3,
+    *,
+    storage: str = "dim = 16",
+    replication: int = 3,
+    shard_count: int = 4,
+    more: str = "",
+    name: str = "node",
 ) -> Iterator[list[Daemon]]:
-    """`count` nodes, ready; killed at the end whatever happened."""
+    """`count` nodes, ready; killed at the end whatever happened. Each knows one seed only, the first of them."""
     folder.mkdir(parents=True, exist_ok=True)
     ports = free_ports(2 * count)
-    members = [(f"node-{i + 1}", ports[2 * i], ports[2 * i + 1]) for i in range(count)]
     daemons = [
-        Daemon(
-            name,
+        member(
             folder,
-            config_text(name, members, storage=storage, replication=replication, shard_count=shard_count),
-            app,
+            f"{name}-{i + 1}",
+            ports[2 * i : 2 * i + 2],
+            ports[:1] if count > 1 else [],
+            bootstrap=count,
+            storage=storage,
+            replication=replication,
+            shard_count=shard_count,
+            more=more,
         )
-        for name, _, app in members
+        for i in range(count)
     ]
     try:
         for daemon in daemons:
@@ -154,7 +195,11 @@ def cluster(
             daemon.wait_ready()
         yield daemons
     finally:
-        for daemon in daemons:
-            if daemon.running:
-                daemon.signal(signal.SIGCONT)
-                daemon.kill()
+        put_down(daemons)
+
+
+def put_down(daemons: Sequence[Daemon]) -> None:
+    for daemon in daemons:
+        if daemon.running:
+            daemon.signal(signal.SIGCONT)
+            daemon.kill()

@@ -21,16 +21,40 @@ class FakeClient:
         self.asked: dict[str, Any] = {}
         self.error: gmco.GmcoError | None = None
         self.stored = 0
+        self.answers: list[gmco.Events] = []
+        self.afters: list[int] = []
+        self.keyrings: list[dict[str, Any]] = []
 
     async def status(self) -> dict[str, Any]:
-        members = [{"name": "node-1", "state": "alive", "lag_ms": 0}, {"name": "node-2", "state": "down"}]
+        members = [
+            {"name": "node-1", "state": "alive", "lag_ms": 0, "load": {"queued": 3.0, "batch_ms": 1.5}},
+            {"name": "node-2", "state": "down", "heard_ms": 4_000_000, "degraded": "a [bad] disk"},
+        ]
         return {
             "node": "node-1",
             "cluster": "c",
             "dim": 4,
+            "state": "ready",
+            "problems": ["name_conflict: two"],
             "members": members,
             "shards": [{"shard": 0, "role": "primary"}],
         }
+
+    async def forget_node(self, node: str) -> None:
+        self.asked = {"node": node}
+        if self.error:
+            raise self.error
+
+    async def events(self, after: int, *, wait_s: float) -> gmco.Events:
+        self.afters.append(after)
+        if not self.answers:
+            assert self.error is not None
+            raise self.error
+        return self.answers.pop(0)
+
+    async def keyring(self, action: str, **given: Any) -> list[dict[str, Any]]:
+        self.asked = {"action": action, **given}
+        return self.keyrings
 
     async def recommend(self, user_id: int, k: int, **fields: Any) -> gmco.Answer:
         self.asked = {"user_id": user_id, "k": k, **fields}
@@ -145,12 +169,77 @@ def test_get_names_what_is_absent(fake: FakeClient, capsys: pytest.CaptureFixtur
     assert err == "error[unknown_item]: no such item: 99\n"
 
 
-def test_status_shows_members_and_replicas(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_the_node_and_its_replicas(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("status") == 0
     out = capsys.readouterr().out
-    assert "node-2" in out
-    assert "down" in out
+    assert "ready, sees 1 of 2 members alive" in out
+    assert "name_conflict: two" in out
     assert "primary" in out
+
+
+def test_nodes_shows_the_members_and_what_is_wrong_with_them(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admin.show.out.width", 200)
+    assert run("nodes") == 0
+    out = capsys.readouterr().out
+    for said in ("node-2", "down", "67 min", "3 queued, 1.5 ms", "a [bad] disk"):
+        assert said in out
+    assert run("nodes", "--output", "json") == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == ["node-1", "node-2"]
+
+
+def test_forget_names_the_node(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("nodes", "forget", "node-2") == 0
+    assert fake.asked == {"node": "node-2"}
+    fake.error = gmco.GmcoError("refused", "node-2 is alive; stop it first")
+    assert run("nodes", "forget", "node-2") == 4
+    assert capsys.readouterr().err == "error[refused]: node-2 is alive; stop it first\n"
+
+
+def test_events_are_lines_and_begin_anew_with_another_node(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event = {"sequence": 1, "at": 0.5, "kind": "down", "node": "node-2", "by": "node-3"}
+    fake.answers = [gmco.Events("node-1", 4, (event,), 1, 0)]
+    assert run("events") == 0
+    assert "node-2               down, says node-3" in capsys.readouterr().out
+    fake.answers = [
+        gmco.Events("node-1", 4, (event,), 7, 2),
+        gmco.Events("node-3", 1, (event,), 9, 0),
+        gmco.Events("node-3", 1, (event,), 1, 0),
+    ]
+    fake.error = gmco.Unavailable("unavailable", "gone")
+    assert run("events", "--follow", "--output", "json") == 3
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["kind"] for line in out.splitlines()] == ["down", "down"]
+    assert "2 events are forgotten" in err
+    assert "as node-3 (boot 1) saw it" in err
+    assert fake.afters == [0, 0, 7, 0, 1]
+
+
+def test_keys_are_read_from_files_and_shown_as_fingerprints(
+    fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("keyring", "generate") == 0
+    key = capsys.readouterr().out
+    assert len(bytes.fromhex(key)) == 32
+    path = tmp_path / "key"
+    path.write_text(key)
+    fake.keyrings = [{"node": "node-1", "keys": [{"fingerprint": "ab", "primary": True, "derived": True}]}]
+    assert run("keyring", "install", str(path)) == 0
+    assert fake.asked == {"action": "install", "key": bytes.fromhex(key)}
+    out = capsys.readouterr().out
+    assert "ab (derived)" in out
+    assert key.strip() not in out
+    path.write_text(key[:-3])
+    assert run("keyring", "install", str(path)) == 2
+    assert key[:9] not in capsys.readouterr().err
+    fake.keyrings.append({"node": "node-2", "error": "ring_full", "message": "the keyring holds 8 keys"})
+    assert run("keyring", "use", "ab") == 4
+    out, err = capsys.readouterr()
+    assert "the keyring holds 8 keys" in out
+    assert err == "error[refused]: not done on node-2; the others have: try again\n"
 
 
 def test_load_prints_a_summary(fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,13 +54,18 @@ def test_taken_ports_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert port not in numbers
 
 
-def test_configurations_name_all_members() -> None:
+def test_each_configuration_names_one_other_node_and_together_they_reach_all() -> None:
     ports = choose_ports(3)
+    reached = set()
     for index in range(3):
         config = tomllib.loads(config_toml(index, ports, "demo-1", 12))
         assert config["node"]["name"] == f"node-{index + 1}"
         assert config["listen"]["app_port"] == ports[index].app
-        assert [one["app"] for one in config["cluster"]["members"]] == [one.url for one in ports]
+        (seed,) = config["cluster"]["seeds"]
+        assert seed != f"127.0.0.1:{ports[index].peer}"
+        reached.add(seed)
+    assert len(reached) == 3
+    assert "seeds" not in tomllib.loads(config_toml(0, ports[:1], "demo-1", 12))["cluster"]
 
 
 def test_a_node_that_ends_is_reported_with_its_log(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ async def linked(
                 handlers, theirs or hello("b"), listen=ANY, limits=listener_limits or limits
             )
             address = await nursery.start(listener.run)
-            link = PeerLink(address, mine or hello("a"), limits=limits, jitter=random.Random(1))
+            link = PeerLink(lambda: address, mine or hello("a"), limits=limits, jitter=random.Random(1))
             await nursery.start(link.run)
             if connect:
                 await link.wait_connected()

@@ -12,23 +12,14 @@ from node.config import Address, ConfigError, load, parse, parse_address
 from storage.config import StorageConfig
 
 MINIMAL = '[node]\nname = "a"\n'
+KEY = "0f" * 32
 THREE = (
     MINIMAL
     + """
 [cluster]
 id = "c1"
-[[cluster.members]]
-name = "a"
-peer = "10.0.0.1:7402"
-region = "eu"
-capacity = 2
-[[cluster.members]]
-name = "b"
-peer = "[fd00::2]:7402"
-app = "ws://10.0.0.2:7400"
-[[cluster.members]]
-name = "c"
-peer = "c.example:7402"
+seeds = ["10.0.0.1:7402", "[fd00::2]:7402", "c.example:7402"]
+bootstrap = 3
 """
 )
 
@@ -40,18 +31,34 @@ def test_minimal_file_is_a_cluster_of_itself(tmp_path: Path) -> None:
     assert config.node.data_dir == tmp_path / "data"
     assert config.node.host == "a"
     assert config.storage == StorageConfig()
-    (me,) = config.cluster.members
-    assert (me.name, me.peer, me.app) == ("a", "127.0.0.1:7402", "ws://127.0.0.1:7400")
+    assert config.cluster.alone
     assert config.cluster.id == "single-a"
     assert any("replication is 3" in warning for warning in config.warnings)
 
 
-def test_members_give_this_node_its_place() -> None:
+def test_seeds_and_bootstrap_make_a_cluster() -> None:
     config = parse(THREE)
-    assert (config.node.region, config.node.capacity) == ("eu", 2)
-    assert [member.host for member in config.cluster.layout_members()] == ["a", "b", "c"]
-    assert config.cluster.member("b").peer_address == Address("fd00::2", 7402)
+    assert not config.cluster.alone
+    assert [parse_address(seed).port for seed in config.cluster.seeds] == [7402] * 3
     assert config.warnings == ()
+
+
+def test_a_key_is_read_and_never_shown() -> None:
+    assert parse(f'{THREE}[gossip]\nkey = "{KEY}"\n').gossip.secret == bytes.fromhex(KEY)
+    assert parse(THREE).gossip.secret is None
+    with pytest.raises(ConfigError) as caught:
+        parse(f'{THREE}[gossip]\nkey = "{KEY}0"\n')
+    assert KEY not in str(caught.value)
+    assert parse(f'{THREE}[gossip]\nadvertise = "[::1]:7"\n').gossip.advertised == Address("::1", 7)
+
+
+def test_beyond_loopback_a_cluster_without_a_key_is_warned(tmp_path: Path) -> None:
+    text = THREE + '[listen]\nhost = "0.0.0.0"\n'
+    assert "gossip.key" in parse(text, folder=tmp_path).warnings[-1]
+    assert parse(text + f'[gossip]\nkey = "{KEY}"\n').warnings == ()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "keyring").touch()
+    assert parse(text, folder=tmp_path).warnings == ()
 
 
 def test_storage_takes_the_fields_of_its_own_dataclass() -> None:
@@ -81,20 +88,15 @@ def test_storage_takes_the_fields_of_its_own_dataclass() -> None:
         (MINIMAL + '[log]\nlevel = "loud"\n', "log.level: must be one of"),
         (MINIMAL + "log = 3\n", "node.log: unknown key"),
         ("log = 3\n" + MINIMAL, "log: must be a table, is a whole number"),
-        (MINIMAL + "[cluster]\nmembers = 3\n", "cluster.members: must be a list"),
-        (MINIMAL + '[cluster]\nid = "c"\nmembers = [{name = "a"}]\n', "cluster.members[0].peer: missing"),
-        (MINIMAL + '[cluster]\nmembers = [{name = "a", peer = "h:1"}]\n', "cluster.id: missing"),
-        (
-            MINIMAL + '[cluster]\nid = "c"\nmembers = [{name = "b", peer = "h:1"}]\n',
-            'node.name: "a" is not in cluster.members (b)',
-        ),
-        (
-            THREE.replace('"[fd00::2]:7402"', '"fd00::2:7402"'),
-            "cluster.members[1].peer: an IPv6 address needs",
-        ),
-        (THREE.replace("ws://10", "http://10"), "cluster.members[1].app: must begin with ws://"),
-        (THREE.replace('"b"', '"c"'), 'cluster.members[2].name: "c" is already cluster.members[1].name'),
-        (THREE.replace('name = "a"\n\n', 'name = "a"\nregion = "us"\n\n', 1), "node.region: is 'us' but"),
+        (MINIMAL + "[cluster]\nseeds = 3\n", "cluster.seeds: must be a list"),
+        (MINIMAL + "[[cluster.members]]\n", "cluster.members: unknown key"),
+        (MINIMAL + '[cluster]\nid = "c"\nseeds = ["h:1"]\n', "cluster.bootstrap: with seeds, give how many"),
+        (MINIMAL + "[cluster]\nbootstrap = 3\n", "cluster.id: missing"),
+        (THREE.replace("[fd00::2]:7402", "fd00::2:7402"), "cluster.seeds[1]: an IPv6 address needs"),
+        (MINIMAL + '[listen]\napp_url = "http://10"\n', "listen.app_url: must begin with ws://"),
+        (MINIMAL + '[gossip]\nadvertise = "10.0.0.1"\n', "gossip.advertise: must be"),
+        (MINIMAL + '[gossip]\nkey = "abc"\n', "gossip.key: must be 64 hex digits"),
+        (MINIMAL + '[gossip]\nudp = "never"\n', 'gossip.udp: must be one of "auto", "on", "off"'),
         ("[node", "not valid TOML:"),
     ],
 )
@@ -129,8 +131,7 @@ def test_example_shows_the_defaults() -> None:
     shown = "\n".join(
         line[1:] if line.startswith("#") and " = " in line else line for line in text.splitlines()
     )
-    shown = shown.split("# --- members ---")[0]
     assert parse(shown) == plain
-    for section in ("listen", "storage", "limits", "log"):
+    for section in ("listen", "cluster", "gossip", "storage", "limits", "log"):
         keys = set(tomllib.loads(shown)[section])
         assert keys == {one.name for one in dataclasses.fields(getattr(plain, section))}

@@ -151,7 +151,7 @@ async def test_a_peer_that_does_not_read_fills_only_the_bound() -> None:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, deaf, [listener])
         limits = PeerLimits(frame_bytes=10 << 20, queue_bytes=20 << 20, heartbeat_s=0.2, silence_s=0.8)
-        link = PeerLink(Address(*listener.socket.getsockname()), hello("a"), limits=limits)
+        link = PeerLink(lambda: Address(*listener.socket.getsockname()), hello("a"), limits=limits)
         await nursery.start(link.run)
         await link.wait_connected()
         outcomes: list[str] = []
@@ -189,6 +189,7 @@ async def test_garbage_closes_only_its_connection() -> None:
             shaken + frame(msgpack.packb([7, 1, "echo", None])),
             shaken + frame(b"\x91" * 5_000),
         ):
+            assert link.address is not None
             stream = await trio.open_tcp_stream(*link.address)
             async with stream:
                 await stream.send_all(garbage)

@@ -18,7 +18,8 @@ from trio_websocket import ConnectionClosed, wrap_client_stream
 
 from node.server import AppServer, Connection, ServerBounds
 from router.errors import RequestError
-from router.requests import Get, Limits, Recommend, Request, Search, Status
+from router.operating import Status
+from router.requests import Get, Limits, Recommend, Request, Search
 from router.wire import Columns, Reply
 
 LIMITS = Limits(dim=4, frame_bytes_max=200_000)

@@ -110,6 +110,7 @@ class World:
         self.nodes = {name: FakeNode(self, name) for name in NAMES}
         self.replication = replication
         self.seen_down: set[str] = set()
+        self.unwell: set[str] = set()
         self.lags: dict[str, int] = {}
 
     def top(self, shards: Sequence[int], query: npt.NDArray[np.float16], k: int) -> tuple[Any, Any]:
@@ -131,11 +132,11 @@ class World:
     def alive(self, name: str) -> bool:
         return name not in self.seen_down
 
-    def lag_ms(self, name: str, shard: int) -> int:
-        return self.lags.get(name, 0)
+    def lags_ms(self, name: str) -> dict[int, int]:
+        return dict.fromkeys(range(SHARDS), self.lags.get(name, 0))
 
-    def status(self) -> dict[str, Any]:
-        return {"node": self.local}
+    def avoid(self, name: str) -> bool:
+        return name in self.unwell
 
 
 def _search(world: World, k: int = 10, timeout_ms: float | None = None) -> requests.Search:
@@ -304,6 +305,24 @@ def test_a_lagging_replica_is_asked_only_when_no_other_is_left_and_the_answer_sa
     reply = _run(world, _search(world))
     assert reply["coverage"]["missing"] == []
     assert reply["stale_ms"] == 5_000
+
+
+def test_an_unwell_node_is_asked_only_when_no_other_level_replica_is_left() -> None:
+    world = World(2)
+    world.unwell = {"a"}  # even the coordinator's own replicas
+    reply = _run(world, _search(world))
+    assert not world.nodes["a"].asked
+    assert reply["coverage"]["missing"] == []
+    world.seen_down = {"b"}  # shards 0 and 3 have their other replica on a
+    reply = _run(world, _search(world))
+    assert [set(asked) for asked in world.nodes["a"].asked] == [{0, 3}]
+    assert reply["coverage"]["missing"] == []
+    # Level and unwell comes before well and behind: fresh answers first, a failure turns to the other.
+    world.seen_down, world.lags = set(), {"b": 5_000, "c": 5_000}
+    world.nodes["b"].age_ms = world.nodes["c"].age_ms = 5_000
+    reply = _run(world, _search(world))
+    assert "a" in {name for name, node in world.nodes.items() if node.asked}
+    assert reply["stale_ms"] == 5_000  # shards 1 and 4 live on b and c alone
 
 
 def test_an_answer_is_as_old_as_the_node_that_gave_it_says() -> None:

@@ -1,0 +1,51 @@
+"""What operators ask of a node: its status, the cluster's events, a member forgotten, keys changed. Served from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+import structlog
+
+from node.history import History
+from node.keyrings import Keyrings
+from node.status import Parts, whole_status
+from router.errors import RequestError
+from router.operating import Events, ForgetNode, Keyring, Operating, Status
+
+log = structlog.get_logger(__name__)
+
+
+class Operations:
+    """Answers what does not need shards, so that a node that waits can be asked what for."""
+
+    def __init__(self, parts: Parts, history: History, keyrings: Keyrings) -> None:
+        self._parts, self._history, self._keyrings = parts, history, keyrings
+
+    def handle(self, request: Operating) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+        """The reply's fields. Raises RequestError."""
+        match request:
+            case Status():
+                return whole_status(self._parts)
+            case Events(after, wait_ms):
+                return self._events(after, wait_ms / 1000)
+            case ForgetNode(name):
+                return self._forget(name)
+            case Keyring():
+                return self._keyrings.apply(request)
+
+    async def _events(self, after: int, wait_s: float) -> dict[str, Any]:
+        found = await self._history.read(after, wait_s)
+        # Sequences begin anew with each start: a reader that is answered by another node or boot begins anew, too.
+        return {"node": self._parts.name, "boot": self._parts.boot, **found}
+
+    def _forget(self, name: str) -> dict[str, Any]:
+        members = self._parts.members
+        known = next((one for one in members.all() if name in (one.name, f"{one.id:016x}")), None)
+        if known is None:
+            raise RequestError("unknown_node", f"there is no member {name!a}; see `gmco nodes`", "node")
+        if known.alive:
+            raise RequestError("refused", f"{name} is {known.state.name.lower()}; stop it first", "node")
+        members.gossip.forget(known.id)
+        log.warning("forgotten", member=name, id=f"{known.id:016x}")
+        return {"node": known.name, "forgotten": f"{known.id:016x}"}

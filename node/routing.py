@@ -1,0 +1,69 @@
+"""The cluster as the coordinator sees it: placements from the layout, everything else from gossip and links."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from gossip.messages import State
+from node.facts import Health
+from node.links import Links
+from node.local import LocalNode
+from node.members import Members
+from node.remote import RemoteNode
+from node.replicator import Replicator
+from router.layout import Placement
+from router.ports import Node
+
+
+class GossipCluster:
+    """Implements `router.ports.Cluster`."""
+
+    def __init__(
+        self,
+        members: Members,
+        placements: Mapping[int, Placement],
+        node: LocalNode,
+        links: Links,
+        replicators: Mapping[int, Replicator],
+        health: Callable[[], Health],
+    ) -> None:
+        self.local = members.own.name
+        self.shard_count = len(placements)
+        self._members = members
+        self._placements = placements
+        self._links = links
+        self._replicators = replicators
+        self._health = health
+        self._local_node = node
+        self._remote: dict[str, RemoteNode] = {}
+
+    def node(self, name: str) -> Node:
+        if name == self.local:
+            return self._local_node
+        remote = self._remote.get(name)
+        if remote is None:
+            remote = self._remote[name] = RemoteNode(name, self._links[name])
+        return remote
+
+    def placement(self, shard: int) -> Placement:
+        return self._placements[shard]
+
+    def alive(self, name: str) -> bool:
+        """Gossip does not call it dead, and our link to it is up: either alone may be the first to know."""
+        if name == self.local:
+            return True
+        known = self._members.get(name)
+        return known is not None and known.alive and self._links.connected(name)
+
+    def avoid(self, name: str) -> bool:
+        if name == self.local:
+            return bool(self._health())
+        known = self._members.get(name)
+        return known is not None and (known.state is State.SUSPECT or bool(known.health))
+
+    def lags_ms(self, name: str) -> Mapping[int, int]:
+        """Of our own replicas exactly, of others' as they gossip it."""
+        if name == self.local:
+            return {shard: one.age_ms for shard, one in self._replicators.items()}
+        known = self._members.get(name)
+        return {} if known is None else known.lags_ms

@@ -1,0 +1,176 @@
+"""What a node says of itself and of the members it knows, as plain maps for people and tools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import trio
+
+from gossip.agent import Agent
+from node.config import Config
+from node.facts import Health
+from node.forming import LayoutGuard
+from node.health import HealthWatch
+from node.lane import SearchLane
+from node.links import Links
+from node.members import Known, Members
+from node.replicator import Replicator
+from node.server import AppServer
+from node.shard import ShardActor
+from node.supervisor import Supervisor
+from router.coordinator import Coordinator
+from router.layout import Layout
+
+READY = "ready"
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a node consists of, as far as it has come. `state`: ready, or what it waits for."""
+
+    config: Config
+    boot: int
+    members: Members
+    agent: Agent
+    supervisor: Supervisor
+    links: Links
+    server: AppServer
+    state: str = "starting"
+    shards: dict[int, ShardActor] = field(default_factory=dict)
+    replicators: dict[int, Replicator] = field(default_factory=dict)
+    layout: Layout | None = None
+    guard: LayoutGuard | None = None
+    lane: SearchLane | None = None
+    health: HealthWatch | None = None
+    coordinator: Coordinator | None = None
+
+    @property
+    def name(self) -> str:
+        return self.config.node.name
+
+    def flags(self) -> Health:
+        return self.health.flags if self.health is not None else Health(0)
+
+
+def own_status(parts: Parts) -> dict[str, Any]:
+    """This node and its replicas."""
+    return {
+        "node": parts.name,
+        "state": parts.state,
+        "degraded": list(parts.health.reasons) if parts.health is not None else [],
+        "shards": [_shard(parts, actor) for _, actor in sorted(parts.shards.items())],
+    }
+
+
+def whole_status(parts: Parts) -> dict[str, Any]:
+    """And its cluster, as it sees it."""
+    config, layout = parts.config, parts.layout
+    problems = [*parts.members.problems(), *([parts.guard.problem] if parts.guard else [])]
+    return {
+        **own_status(parts),
+        "boot": parts.boot,
+        "cluster": config.cluster.id,
+        "version": version("gmco"),
+        "shard_count": layout.shard_count if layout else config.cluster.shard_count,
+        "dim": config.storage.dim,
+        "metric": config.storage.metric,
+        "layout": {"version": layout.version, "hash": layout.hash} if layout else None,
+        "problems": [problem for problem in problems if problem],
+        "members": members_status(parts),
+        "counters": _counters(parts),
+    }
+
+
+def members_status(parts: Parts) -> list[dict[str, Any]]:
+    """Everybody whom gossip knows, and those of the layout whom it does not (they left, or were never heard), by name."""
+    parts.members.refresh()
+    layout = parts.layout
+    placed = {member.name: member for member in layout.members} if layout else {}
+    now = trio.current_time()
+    rows = [_member(parts, known, known.name in placed, now) for known in parts.members.all()]
+    named = {row["name"] for row in rows}
+    for name, member in placed.items():
+        if name not in named:
+            rows.append(
+                {
+                    "name": name,
+                    "state": "absent",
+                    "connected": False,
+                    "in_layout": True,
+                    "region": member.region,
+                    "zone": member.zone,
+                }
+            )
+    return sorted(rows, key=lambda row: str(row["name"]))
+
+
+def _member(parts: Parts, known: Known, placed: bool, now: float) -> dict[str, Any]:
+    view, fact, hot = known.view, known.fact, known.hot
+    own = known.id == parts.members.own_id
+    heard = now if own else view.heard_at
+    row: dict[str, Any] = {
+        "name": known.name,
+        "id": f"{known.id:016x}",
+        "state": known.state.name.lower(),
+        "connected": own or parts.links.connected(known.name),
+        "in_layout": placed,
+        "address": str(view.address),
+        "boot": view.boot,
+        "incarnation": view.incarnation,
+        "heard_ms": None if heard is None else max(0, round(1000 * (now - heard))),
+        "state_ms": max(0, round(1000 * (now - view.since))),
+        "rtt_ms": None if view.rtt_s is None else round(1000 * view.rtt_s, 2),
+        "shards": len(known.held),
+        "lag_ms": max(known.lags_ms.values(), default=0) if known.held else None,
+        "degraded": known.reason,
+    }
+    if fact is not None:
+        row |= {
+            name: getattr(fact, name) for name in ("region", "zone", "host", "capacity", "app", "version")
+        }
+    if hot is not None:
+        row["load"] = {name: round(value, 1) for name, value in hot.load._asdict().items()}
+    return row
+
+
+def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
+    replica = actor.replica
+    numbers = replica.statistics()
+    follower = parts.replicators.get(actor.shard)
+    return {
+        "shard": actor.shard,
+        "role": "primary" if actor.primary else "replica",
+        "primary": actor.placement.primary,
+        "voters": list(actor.placement.voters),
+        "epoch": replica.position.epoch,
+        "sequence": replica.position.sequence,
+        "items": replica.view.alive_rows,
+        "users": numbers.get("users", 0),
+        "fresh": replica.fresh_rows(),
+        "engine": parts.config.storage.engine,
+        "lag": follower.behind if follower else 0,
+        "lag_ms": follower.lag_ms if follower else 0,
+        "state": follower.state if follower else "writing",
+    }
+
+
+def _counters(parts: Parts) -> dict[str, Any]:
+    return {
+        "server": asdict(parts.server.statistics()),
+        "search": parts.lane.statistics() if parts.lane else {},
+        "router": parts.coordinator.statistics() if parts.coordinator else {},
+        "writes": _sum([actor.counters for actor in parts.shards.values()]),
+        "gossip": asdict(parts.agent.statistics()),
+        "crashes": sum(one.crashes for one in parts.supervisor.statistics()),
+    }
+
+
+def _sum(counters: Sequence[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counters:
+        for key, value in one.items():
+            total[key] = total.get(key, 0) + value
+    return total

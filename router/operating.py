@@ -1,0 +1,98 @@
+"""Requests of operators: typed and checked. What is asked about the cluster instead of its records. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from router import shapes
+from router.errors import RequestError
+
+KEY_BYTES = 32
+KeyAction = Literal["list", "install", "use", "remove"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Events past the sequence `after`; an answer may be held back `wait_ms` for the first of them."""
+
+    after: int
+    wait_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetNode:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """key: 32 bytes, with install; fingerprint: with use and remove."""
+
+    action: KeyAction
+    key: bytes
+    fingerprint: str
+    timeout_ms: float | None
+
+
+Operating = Status | Events | ForgetNode | Keyring
+STATUS = Status()
+
+
+def _status(fields: dict[str, Any]) -> Status:
+    if fields:
+        shapes.convert(fields, shapes.NothingFields)
+    return STATUS
+
+
+def _events(fields: dict[str, Any]) -> Events:
+    raw = shapes.convert(fields, shapes.EventsFields)
+    return Events(raw.after, raw.wait_ms)
+
+
+def _forget_node(fields: dict[str, Any]) -> ForgetNode:
+    return ForgetNode(shapes.convert(fields, shapes.ForgetNodeFields).node)
+
+
+def _keyring(fields: dict[str, Any]) -> Keyring:
+    raw = shapes.convert(fields, shapes.KeyringFields)
+    wanted = {"list": (), "install": ("key",), "use": ("fingerprint",), "remove": ("fingerprint",)}[
+        raw.action
+    ]
+    for name in ("key", "fingerprint"):
+        given = getattr(raw, name) is not None
+        if given and name not in wanted:
+            raise RequestError("bad_request", f"{raw.action} takes no {name}", name)
+        if not given and name in wanted:
+            raise RequestError("missing_field", f"send {name}", name)
+    key = b"" if raw.key is None else _key(raw.key)
+    return Keyring(raw.action, key, raw.fingerprint or "", raw.timeout_ms)
+
+
+def _key(raw: Any) -> bytes:
+    # What is wrong with it is not shown: it may be a good key, misspelt.
+    message = f"send a key as {KEY_BYTES} bytes or {2 * KEY_BYTES} hex digits"
+    if isinstance(raw, str):
+        if len(raw) != 2 * KEY_BYTES or not raw.isalnum():  # fromhex skips blanks
+            raise RequestError("bad_type", message, "key")
+        try:
+            raw = bytes.fromhex(raw)
+        except ValueError:
+            raise RequestError("bad_type", message, "key") from None
+    if not isinstance(raw, bytes) or len(raw) != KEY_BYTES:
+        raise RequestError("bad_type", message, "key")
+    return raw
+
+
+PARSERS: dict[str, Callable[[dict[str, Any]], Operating]] = {
+    "status": _status,
+    "events": _events,
+    "forget_node": _forget_node,
+    "keyring": _keyring,
+}
