@@ -14,10 +14,15 @@ from pathlib import Path
 import trio
 
 from bench.harness import arguments, figure, interleaved, say
+from node.blocking import DedicatedThread
 from node.commit import GroupCommit
+from node.shard import WriteItem
+from router.ports import Change
 from storage import records, wal
 from storage import segment as fmt
+from storage.batch import Batch
 from storage.disk import Log
+from storage.records import Version
 
 WRITERS, LOGS = 64, 3
 VECTOR_BYTES, METADATA = 1_880, b"m" * 72  # with the header 2,048 bytes
@@ -25,41 +30,32 @@ SEGMENT_BYTES = 64 << 20
 
 
 class Shard:
-    """What a shard's actor does with the log: sequence and encode in the flush, one thread hop, wake the writers."""
+    """The log's part of `node.shard.ShardActor`, of the same pieces: group commit, batch, thread, log."""
 
     def __init__(self, directory: Path, shard: int) -> None:
         self.log = Log.open(directory, shard=shard, segment_bytes=SEGMENT_BYTES)
         self.batches: list[int] = []
-        self.limiter = trio.CapacityLimiter(1)
-        self.commit: GroupCommit[bytes, int] = GroupCommit(self._flush)
+        self.thread = DedicatedThread(f"wal-{shard}")
+        self.commit: GroupCommit[WriteItem, Version] = GroupCommit(self._flush)
 
-    async def _flush(self, vectors: list[bytes]) -> list[int | Exception]:
-        first, stamp = self.log.last.sequence + 1, time.time_ns()
-        self.batches.append(len(vectors))
-        batch = [
-            records.encode(
-                epoch=1,
-                sequence=first + i,
-                timestamp_ns=stamp,
-                operation=records.Operation.PUT,
-                kind=records.Kind.ITEM,
-                id=first + i,
-                vector=vector,
-                metadata=METADATA,
-            )
-            for i, vector in enumerate(vectors)
-        ]
-        await trio.to_thread.run_sync(self.log.append, batch, limiter=self.limiter)
-        return list(range(first, first + len(batch)))
+    async def _flush(self, items: list[WriteItem]) -> list[Version]:
+        batch = Batch(1, self.log.last.sequence, time.time_ns())
+        results = [batch.add(changes, write_id) for changes, write_id in items]
+        self.batches.append(len(batch.blobs))
+        await self.thread(self.log.append, batch.blobs)
+        return results
 
 
 async def _write(shards: list[Shard], writers: int, each: int) -> float:
-    vectors = [os.urandom(VECTOR_BYTES) for _ in range(16)]
+    changes = [
+        Change(records.Operation.PUT, records.Kind.ITEM, i, os.urandom(VECTOR_BYTES), (), METADATA)
+        for i in range(16)
+    ]
 
     async def writer(number: int) -> None:
         commit = shards[number % len(shards)].commit
         for i in range(each):
-            await commit.submit(vectors[i % 16])
+            await commit.submit(WriteItem((changes[i % 16],), records.NO_WRITE_ID))
 
     async with trio.open_nursery() as loops:
         for shard in shards:
@@ -70,6 +66,8 @@ async def _write(shards: list[Shard], writers: int, each: int) -> float:
                 nursery.start_soon(writer, number)
         took = time.perf_counter() - began
         loops.cancel_scope.cancel()
+    for shard in shards:
+        await shard.thread.aclose()
     return took
 
 
