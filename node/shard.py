@@ -266,9 +266,11 @@ class ShardActor:
     # -- background work ------------------------------------------------------------------------------------------
 
     async def _maintain(self) -> None:
-        """Checkpoints, then compaction, then graph building, one at a time, in threads."""
+        """The log's next segment, checkpoints, compaction, then graph building, one at a time, in threads."""
         while True:
             try:
+                if self.replica.log_ahead_due:
+                    await self._maintenance_runner(self.replica.make_log_ahead)
                 if self.replica.checkpoint_due():
                     await self.checkpoint()
                 if self.replica.compaction_due():

@@ -1,11 +1,11 @@
 """The write-ahead log's files. Blocking; the format and what a scan may conclude are in `storage/wal.py`.
 
-One thread at a time appends; `read_after`, `drop_before` and `statistics` may be called from others meanwhile.
+One thread at a time appends; `make_ahead`, `read_after`, `drop_before` and `statistics` may be called from others
+meanwhile.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from bisect import bisect_right
@@ -15,6 +15,7 @@ from typing import Any
 
 from storage import segment as fmt
 from storage import wal
+from storage.ahead import NextSegment
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
 from storage.files import FileOps, fsync_directory, is_full, write_atomically
 from storage.records import RECORD_BYTES_MAX, Record, Version
@@ -44,6 +45,7 @@ class Log:
         self._directory, self._shard, self._segment_bytes, self._ops = directory, shard, segment_bytes, ops
         self._lock = threading.Lock()  # guards _segments, their ends and marks, _tail, last
         self._segments: list[Segment] = []
+        self._next = NextSegment(directory, segment_bytes, ops)
         self._fd = -1
         self._sealed = False
         self._stopped: str | None = None
@@ -186,19 +188,10 @@ class Log:
         salt = int.from_bytes(os.urandom(8), "little")
         header = fmt.SegmentHeader(self._shard, first, size, salt, self.last.epoch, self._last_timestamp_ns)
         path = self._directory / fmt.segment_name(first)
-        temporary = path.with_suffix(".tmp")
-        fd = -1
         try:
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            self._ops.allocate(fd, size)
-            self._ops.write(fd, (fmt.encode_header(header),), 0)
-            self._ops.sync(fd)
+            temporary, fd = self._next.take(header)
         except OSError as error:
             # The new file is not part of the log yet, so nothing is in doubt: it can be tried again if it was room.
-            if fd >= 0:
-                os.close(fd)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise (self._full(error) if is_full(error) else self._stop("making a segment", error)) from error
         try:
             # An empty last segment may be replaced by a greater one of the same name.
@@ -214,6 +207,25 @@ class Log:
             self._fd = fd
             self._segments.append(Segment(path, header, fmt.HEADER_BYTES))
             self._rolls += 1
+
+    @property
+    def ahead_due(self) -> bool:
+        """Whether `make_ahead` has something to do: once a segment is written to, the next one will be wanted."""
+        end = self._segments[-1].end
+        return (
+            not self._next.is_ready and self._stopped is None and end is not None and end > fmt.HEADER_BYTES
+        )
+
+    def make_ahead(self) -> None:
+        """The next segment's file, so that `append` need not make it. Blocks long; for another thread than append's.
+
+        Does nothing when there is no room: whether that matters, `append` will know. Raises ReplicaStoppedError.
+        """
+        try:
+            self._next.make_ahead()
+        except OSError as error:
+            if not is_full(error):
+                raise self._stop("making a segment", error) from error
 
     def _unseal(self) -> None:
         try:
@@ -350,6 +362,7 @@ class Log:
         if self._fd < 0:
             return
         self._close_fd()
+        self._next.close()
         if self._stopped is None and not self._sealed:
             seal = fmt.encode_seal(fmt.Seal(self._shard, self.last))
             write_atomically(self._directory / SEAL_NAME, seal)

@@ -102,6 +102,14 @@ class Replica:
         self._take(records)
         self._publish()
 
+    @property
+    def log_ahead_due(self) -> bool:
+        return self._log.ahead_due
+
+    def make_log_ahead(self) -> None:
+        """The log's next segment, beside `append`, which is slower without. Raises ReplicaStoppedError."""
+        self._log.make_ahead()
+
     def get(self, kind: Kind, id: int) -> Row | None:
         """The item or user, its checksums verified. Raises DamagedError."""
         return lookups.get(self._table, self._spaces[kind], id)
