@@ -112,14 +112,21 @@ class GroupCommit(Generic[T, R]):
         try:
             while True:
                 await self._wait_for_items()
-                count = min(len(self._waiting), self._batch_max)
-                self._flushing = batch = [self._waiting.popleft() for _ in range(count)]
+                self._flushing = batch = self._take()
                 self._flushes += 1
-                self._items += count
+                self._items += len(batch)
                 self._settle(batch, await self._results(batch))
                 self._flushing = []
         finally:
             self._fail_all()
+
+    def _take(self) -> list[_Waiter[T]]:
+        waiting = self._waiting
+        if len(waiting) > self._batch_max:
+            return [waiting.popleft() for _ in range(self._batch_max)]
+        batch = list(waiting)
+        waiting.clear()
+        return batch
 
     async def _results(self, batch: list[_Waiter[T]]) -> Sequence[R | Exception]:
         try:

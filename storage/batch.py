@@ -28,11 +28,10 @@ class Batch:
         epoch, sequence, stamp = self._epoch, self.sequence, self._timestamp_ns
         for operation, kind, id_, vector, classes, metadata in changes:
             sequence += 1
-            version = Version(epoch, sequence)
             blob, record = make(
-                epoch, sequence, version, stamp, write_id, operation, kind, id_, vector, classes, metadata
+                epoch, sequence, None, stamp, write_id, operation, kind, id_, vector, classes, metadata
             )
             self.blobs.append(blob)
             self.records.append(record)
         self.sequence = sequence
-        return version
+        return self.records[-1].version

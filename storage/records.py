@@ -104,16 +104,25 @@ def encode(
     metadata: bytes = b"",
 ) -> bytes:
     """The record's bytes. `version` None: this is its first writing, so (epoch, sequence)."""
-    first = version if version is not None else Version(epoch, sequence)
     return make(
-        epoch, sequence, first, timestamp_ns, write_id, operation, kind, id, vector, tuple(classes), metadata
+        epoch,
+        sequence,
+        version,
+        timestamp_ns,
+        write_id,
+        operation,
+        kind,
+        id,
+        vector,
+        tuple(classes),
+        metadata,
     )[0]
 
 
 def make(
     epoch: int,
     sequence: int,
-    version: Version,
+    version: Version | None,
     timestamp_ns: int,
     write_id: bytes,
     operation: Operation,
@@ -124,6 +133,8 @@ def make(
     metadata: bytes,
 ) -> tuple[bytes, Record]:
     """A record's bytes, and what `decode` would make of them. Positional: the log's hot path calls it."""
+    if version is None:
+        version = _new(Version, (epoch, sequence))
     if classes:
         classes = tuple(sorted(classes))
         body = b"".join((vector, struct.pack(f"<{len(classes)}H", *classes), metadata))
