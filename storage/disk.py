@@ -18,12 +18,13 @@ from storage import wal
 from storage.ahead import NextSegment
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
 from storage.files import FileOps, fsync_directory, is_full, write_atomically
-from storage.records import RECORD_BYTES_MAX, Record, Version
+from storage.records import Record, Version
 from storage.recovery import (
     SEAL_NAME,
     Segment,
     damaged,
     read_segment,
+    records_after,
     recover,
     remove_seal,
     scan_segment,
@@ -34,7 +35,6 @@ __all__ = ["FileOps", "Log", "fsync_directory", "write_atomically"]
 
 _NOTHING = Version(0, 0)
 _TAIL_BYTES = 4 << 20
-_READ_BYTES = 64 << 10
 
 
 class Log:
@@ -169,17 +169,29 @@ class Log:
         trailer = fmt.encode_trailer(segment.header, start, batch)
         try:
             try:
-                self._ops.write(self._fd, (batch, trailer), start)
+                self._ops.write_durably(self._fd, (batch, trailer), start)
             except OSError as error:
                 if not is_full(error):
                     raise
-                # Even preallocated space may be refused (copy on write, quotas). A part may have been written.
-                self._ops.zero(self._fd, start, len(batch) + len(trailer))
-                self._ops.sync_data(self._fd)
+                self._take_back((batch, trailer), start, error)
                 raise self._full(error) from error
-            self._ops.sync_data(self._fd)
         except OSError as error:
             raise self._stop("writing the log", error) from error
+
+    def _take_back(self, buffers: tuple[bytes, bytes], start: int, refused: OSError) -> None:
+        """Make durable zeros of a batch for which there is no room. Raises OSError, `refused` if it was the flush's."""
+        try:
+            # Even preallocated space may be refused (copy on write, quotas), and then is again. A flush that failed
+            # for want of room (thin provisioning) is no full disk but a failed fsync, and the write alone succeeds.
+            self._ops.write(self._fd, buffers, start)
+        except OSError as error:
+            if not is_full(error):
+                raise
+        else:
+            raise refused
+        # A part may have been written.
+        self._ops.zero(self._fd, start, sum(map(len, buffers)))
+        self._ops.sync_data(self._fd)
 
     def _roll(self, batch_bytes: int) -> None:
         """A new last segment with room for `batch_bytes`. Every earlier byte is durable, so only it can be torn."""
@@ -278,7 +290,7 @@ class Log:
                 offset = marks[position][1] if position >= 0 else fmt.HEADER_BYTES
             assert end is not None
             with segment.path.open("rb", buffering=0) as file:
-                return _collect(file.fileno(), offset, end, sequence, max_bytes)
+                return records_after(file.fileno(), offset, end, sequence, max_bytes)
         except fmt.WalError as error:
             raise damaged(segment.path, error) from error
         except FileNotFoundError as error:
@@ -372,28 +384,3 @@ class Log:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _collect(fd: int, offset: int, end: int, sequence: int, max_bytes: int) -> bytes:
-    """Records after `sequence` from a segment's durable part [offset, end). Raises WalError, OSError."""
-    pieces: list[bytes] = []
-    size, want = 0, _READ_BYTES + min(max_bytes, RECORD_BYTES_MAX)
-    while offset < end:
-        data = os.pread(fd, min(want, end - offset), offset)
-        at = offset
-        for found, start, stop in wal.walk(data, offset, offset):
-            at = stop
-            if found <= sequence:
-                continue
-            size += stop - start
-            if pieces and size > max_bytes:
-                return b"".join(pieces)
-            pieces.append(data[start - offset : stop - offset])
-        if at == offset:
-            if offset + len(data) >= end:
-                break
-            want = 2 * RECORD_BYTES_MAX
-        offset = at
-    if not pieces:
-        raise fmt.WalError(offset, f"the record after sequence {sequence} is not where it was written")
-    return b"".join(pieces)
