@@ -138,7 +138,7 @@ class ShardActor:
             self._waiting_bytes -= size
 
     async def _flush(self, items: list[WriteItem]) -> list[Version | Exception]:
-        """One group commit: sequences given, one append with one fdatasync, then applied, then answered."""
+        """One group commit: sequences given, one append with one durable write, then applied, then answered."""
         async with self._writing:
             results, batch, rows = self._encode(items)
             if batch.blobs:

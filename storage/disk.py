@@ -135,7 +135,7 @@ class Log:
         return self._torn_bytes
 
     def append(self, records: Sequence[bytes]) -> None:
-        """Write encoded records and fdatasync, once for all of them.
+        """Write encoded records durably, with one call for all of them.
 
         Raises DiskFullError (nothing changed; works again when there is room), ReplicaStoppedError (outcome unknown;
         every later append is refused, too), records.RecordError (they do not follow `last`; nothing changed).

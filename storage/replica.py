@@ -82,7 +82,7 @@ class Replica:
         return replica
 
     def append(self, records: Sequence[bytes], rows: int) -> None:
-        """Room for `rows` new rows, then `records` (encoded, in order) to the log with one fdatasync. Blocks.
+        """Room for `rows` new rows, then `records` (encoded, in order) to the log with one durable write. Blocks.
 
         Raises DiskFullError (nothing changed; not logged), ReplicaStoppedError (outcome unknown, no more writes).
         """
