@@ -6,7 +6,6 @@ python -m bench.wal [--quick]
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -14,10 +13,15 @@ from pathlib import Path
 import trio
 
 from bench.harness import arguments, figure, interleaved, say
+from node.blocking import DedicatedThread, Runner, ThreadRunner
 from node.commit import GroupCommit
+from node.shard import MAINTENANCE_S, WriteItem
+from router.ports import Change
 from storage import records, wal
 from storage import segment as fmt
+from storage.batch import Batch
 from storage.disk import Log
+from storage.records import Version
 
 WRITERS, LOGS = 64, 3
 VECTOR_BYTES, METADATA = 1_880, b"m" * 72  # with the header 2,048 bytes
@@ -25,71 +29,79 @@ SEGMENT_BYTES = 64 << 20
 
 
 class Shard:
-    """What a shard's actor does with the log: sequence and encode in the flush, one thread hop, wake the writers."""
+    """The log's part of `node.shard.ShardActor`, of the same pieces: group commit, batch, thread, segments ahead."""
 
-    def __init__(self, directory: Path, shard: int) -> None:
-        self.log = Log.open(directory, shard=shard, segment_bytes=SEGMENT_BYTES)
+    def __init__(self, log: Log) -> None:
+        self.log = log
         self.batches: list[int] = []
-        self.limiter = trio.CapacityLimiter(1)
-        self.commit: GroupCommit[bytes, int] = GroupCommit(self._flush)
+        self.thread = DedicatedThread("wal")
+        self.commit: GroupCommit[WriteItem, Version] = GroupCommit(self._flush)
 
-    async def _flush(self, vectors: list[bytes]) -> list[int | Exception]:
-        first, stamp = self.log.last.sequence + 1, time.time_ns()
-        self.batches.append(len(vectors))
-        batch = [
-            records.encode(
-                epoch=1,
-                sequence=first + i,
-                timestamp_ns=stamp,
-                operation=records.Operation.PUT,
-                kind=records.Kind.ITEM,
-                id=first + i,
-                vector=vector,
-                metadata=METADATA,
-            )
-            for i, vector in enumerate(vectors)
-        ]
-        await trio.to_thread.run_sync(self.log.append, batch, limiter=self.limiter)
-        return list(range(first, first + len(batch)))
+    async def _flush(self, items: list[WriteItem]) -> list[Version]:
+        batch = Batch(1, self.log.last.sequence, time.time_ns())
+        results = [batch.add(changes, write_id) for changes, write_id in items]
+        self.batches.append(len(batch.blobs))
+        await self.thread(self.log.append, batch.blobs)
+        return results
+
+    async def maintain(self, runner: Runner) -> None:
+        while True:
+            if self.log.ahead_due:
+                await runner(self.log.make_ahead)
+            await trio.sleep(MAINTENANCE_S)
 
 
 async def _write(shards: list[Shard], writers: int, each: int) -> float:
-    vectors = [os.urandom(VECTOR_BYTES) for _ in range(16)]
+    changes = [
+        Change(records.Operation.PUT, records.Kind.ITEM, i, os.urandom(VECTOR_BYTES), (), METADATA)
+        for i in range(16)
+    ]
 
     async def writer(number: int) -> None:
         commit = shards[number % len(shards)].commit
         for i in range(each):
-            await commit.submit(vectors[i % 16])
+            await commit.submit(WriteItem((changes[i % 16],), records.NO_WRITE_ID))
 
+    maintenance = ThreadRunner("maintenance")
     async with trio.open_nursery() as loops:
         for shard in shards:
             await loops.start(shard.commit.run)
+            loops.start_soon(shard.maintain, maintenance)
         began = time.perf_counter()
         async with trio.open_nursery() as nursery:
             for number in range(writers):
                 nursery.start_soon(writer, number)
         took = time.perf_counter() - began
         loops.cancel_scope.cancel()
+    for shard in shards:
+        await shard.thread.aclose()
     return took
 
 
 class Runs:
-    """Alternates ours and the peer; the peer writes the batches that ours was last seen to make."""
+    """Alternates ours and the peer; the peer writes the batches that ours was last seen to make.
+
+    The logs live on from run to run, so that their rolls and the zeros written ahead fall into the measured time.
+    """
 
     def __init__(self, directory: Path, each: int) -> None:
-        self.directory, self.each, self.number = directory, each, 0
+        self.directory, self.each = directory, each
         self.batches: list[int] = []
+        self.logs = [
+            Log.open(directory / str(shard), shard=shard, segment_bytes=SEGMENT_BYTES)
+            for shard in range(LOGS)
+        ]
+
+    def warm_up(self) -> None:
+        """Past each log's first segment, the only one that is not made ahead."""
+        while any(log.statistics()["segments"] < 2 for log in self.logs):
+            self.ours()
 
     def ours(self) -> float:
-        self.number += 1
-        shards = [Shard(self.directory / f"{self.number}-{shard}", shard) for shard in range(LOGS)]
+        shards = [Shard(log) for log in self.logs]
         took = trio.run(_write, shards, WRITERS, self.each)
         # The order in time does not matter to the peer, the sizes do.
         self.batches = [size for shard in shards for size in shard.batches]
-        for shard in shards:
-            shard.log.close()
-        shutil.rmtree(self.directory)
-        self.directory.mkdir()
         return WRITERS * self.each / took
 
     def peer(self) -> float:
@@ -143,9 +155,8 @@ def main() -> None:
     root = Path(".bench")
     root.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as place:
-        run = Runs(Path(place) / "wal", each)
-        run.directory.mkdir()
-        run.ours()
+        run = Runs(Path(place), each)
+        run.warm_up()
         ours, peer = interleaved(run.ours, run.peer, runs)
         say(f"{sum(run.batches) / len(run.batches):.1f} records per batch")
         if not options.only or options.only in "wal.durable":

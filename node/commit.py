@@ -87,8 +87,6 @@ class GroupCommit(Generic[T, R]):
         if len(self._waiting) >= self._waiting_max:
             self._refused += 1
             raise OverloadedError(f"{self._waiting_max} requests wait already; try again")
-        # A submit by an already cancelled task must not leave a trace; a full checkpoint would cost a hop more.
-        await trio.lowlevel.checkpoint_if_cancelled()
         waiter = _Waiter(item, trio.lowlevel.current_task())
         self._waiting.append(waiter)
         if self._parked:
@@ -102,6 +100,7 @@ class GroupCommit(Generic[T, R]):
                 self._waiting.remove(waiter)
             return trio.lowlevel.Abort.SUCCEEDED
 
+        # Of a task that is cancelled already it calls `abort` at once, before the loop can see the item.
         result: R = await trio.lowlevel.wait_task_rescheduled(abort)
         return result
 
@@ -113,14 +112,21 @@ class GroupCommit(Generic[T, R]):
         try:
             while True:
                 await self._wait_for_items()
-                count = min(len(self._waiting), self._batch_max)
-                self._flushing = batch = [self._waiting.popleft() for _ in range(count)]
+                self._flushing = batch = self._take()
                 self._flushes += 1
-                self._items += count
+                self._items += len(batch)
                 self._settle(batch, await self._results(batch))
                 self._flushing = []
         finally:
             self._fail_all()
+
+    def _take(self) -> list[_Waiter[T]]:
+        waiting = self._waiting
+        if len(waiting) > self._batch_max:
+            return [waiting.popleft() for _ in range(self._batch_max)]
+        batch = list(waiting)
+        waiting.clear()
+        return batch
 
     async def _results(self, batch: list[_Waiter[T]]) -> Sequence[R | Exception]:
         try:
@@ -141,14 +147,15 @@ class GroupCommit(Generic[T, R]):
         if self._waiting:
             # A flush that never blocks must not starve everybody else.
             await trio.lowlevel.checkpoint()
-            return
-        self._parked = True
 
         def abort(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
             self._parked = False
             return trio.lowlevel.Abort.SUCCEEDED
 
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        # Again, when whoever woke it was cancelled meanwhile.
+        while not self._waiting:
+            self._parked = True
+            await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _wake(self) -> None:
         assert self._loop is not None

@@ -14,9 +14,9 @@ from node.commit import CommitStoppedError, GroupCommit
 from node.replication import Diverged, LookUp, Progress
 from router.layout import Placement
 from router.ports import Change, NodeError
-from storage import records
+from storage.batch import Batch
 from storage.errors import DamagedError, DiskFullError, IndexingError, ReplicaStoppedError, StorageError
-from storage.records import HEADER_BYTES, Fingerprint, Operation, Record, Version
+from storage.records import HEADER_BYTES, NO_WRITE_ID, Fingerprint, Operation, Record, Version
 from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
@@ -146,12 +146,12 @@ class ShardActor:
             self._waiting_bytes -= size
 
     async def _flush(self, items: list[WriteItem]) -> list[Version | Exception]:
-        """One group commit: sequences given, one append with one fdatasync, then applied, then answered."""
+        """One group commit: sequences given, one append with one durable write, then applied, then answered."""
         async with self._writing:
-            results, blobs, rows = self._encode(items)
-            if blobs:
+            results, batch, rows = self._encode(items)
+            if batch.blobs:
                 try:
-                    await self._log_runner(self.replica.append, blobs, rows)
+                    await self._log_runner(self.replica.append, batch.blobs, rows)
                 except StorageError as error:
                     self.counters["refused"] += len(items)
                     refused = _refusal(error, was_stopped=self._stopped)
@@ -160,20 +160,19 @@ class ShardActor:
                     applied = self.replica.position
                     return [r if isinstance(r, Exception) or r <= applied else refused for r in results]
                 try:
-                    self._apply([records.decode(blob) for blob in blobs])
+                    self._apply(batch.records)
                 except Exception as error:
                     # Durable all the same: after the restart that follows, recovery applies it.
                     raise _unknown(f"shard {self.shard} stopped after the write was on disk") from error
             self.counters["writes"] += len(items)
             return results
 
-    def _encode(self, items: list[WriteItem]) -> tuple[list[Version | Exception], list[bytes], int]:
+    def _encode(self, items: list[WriteItem]) -> tuple[list[Version | Exception], Batch, int]:
         results: list[Version | Exception] = []
-        blobs: list[bytes] = []
         rows = 0
-        sequence = self.replica.position.sequence
         # Never back: the age of write_ids is counted by these, and a clock that is corrected must not age them all.
-        now = self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
+        self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
+        batch = Batch(self.epoch, self.replica.position.sequence, self._newest_ns)
         # A retry may wait in the same batch as its first try.
         here: dict[bytes, tuple[Version, int]] = {}
         for changes, write_id in items:
@@ -196,27 +195,11 @@ class ShardActor:
                 results.append(NodeError(error.code, str(error), error.retry_after_ms))
                 continue
             rows += new
-            for change in todo:
-                sequence += 1
-                blobs.append(
-                    records.encode(
-                        epoch=self.epoch,
-                        sequence=sequence,
-                        timestamp_ns=now,
-                        write_id=write_id,
-                        operation=change.operation,
-                        kind=change.kind,
-                        id=change.id,
-                        vector=change.vector,
-                        classes=change.classes,
-                        metadata=change.metadata,
-                    )
-                )
-            version = Version(self.epoch, sequence)
+            version = batch.add(todo, write_id)
             results.append(version)
-            if write_id != records.NO_WRITE_ID:
+            if write_id != NO_WRITE_ID:
                 here[write_id] = (version, done + len(todo))
-        return results, blobs, rows
+        return results, batch, rows
 
     def _unfit(self, changes: Sequence[Change]) -> str | None:
         """Why changes must not enter the log. The coordinator has checked them by its own settings, not by ours."""
@@ -300,9 +283,11 @@ class ShardActor:
     # -- background work ------------------------------------------------------------------------------------------
 
     async def _maintain(self) -> None:
-        """Checkpoints, then compaction, then graph building, one at a time, in threads."""
+        """The log's next segment, checkpoints, compaction, then graph building, one at a time, in threads."""
         while True:
             try:
+                if self.replica.log_ahead_due:
+                    await self._maintenance_runner(self.replica.make_log_ahead)
                 if self.replica.checkpoint_due():
                     await self.checkpoint()
                 if self.replica.compaction_due():

@@ -1,11 +1,11 @@
 """The write-ahead log's files. Blocking; the format and what a scan may conclude are in `storage/wal.py`.
 
-One thread at a time appends; `read_after`, `drop_before` and `statistics` may be called from others meanwhile.
+One thread at a time appends; `make_ahead`, `read_after`, `drop_before` and `statistics` may be called from others
+meanwhile.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from bisect import bisect_right
@@ -15,14 +15,16 @@ from typing import Any
 
 from storage import segment as fmt
 from storage import wal
+from storage.ahead import NextSegment
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
 from storage.files import FileOps, fsync_directory, is_full, write_atomically
-from storage.records import RECORD_BYTES_MAX, Record, Version
+from storage.records import Record, Version
 from storage.recovery import (
     SEAL_NAME,
     Segment,
     damaged,
     read_segment,
+    records_after,
     recover,
     remove_seal,
     scan_segment,
@@ -33,7 +35,6 @@ __all__ = ["FileOps", "Log", "fsync_directory", "write_atomically"]
 
 _NOTHING = Version(0, 0)
 _TAIL_BYTES = 4 << 20
-_READ_BYTES = 64 << 10
 
 
 class Log:
@@ -44,6 +45,7 @@ class Log:
         self._directory, self._shard, self._segment_bytes, self._ops = directory, shard, segment_bytes, ops
         self._lock = threading.Lock()  # guards _segments, their ends and marks, _tail, last
         self._segments: list[Segment] = []
+        self._next = NextSegment(directory, segment_bytes, ops)
         self._fd = -1
         self._sealed = False
         self._stopped: str | None = None
@@ -138,7 +140,7 @@ class Log:
         return self._torn_bytes
 
     def append(self, records: Sequence[bytes]) -> None:
-        """Write encoded records and fdatasync, once for all of them.
+        """Write encoded records durably, with one call for all of them.
 
         Raises DiskFullError (nothing changed; works again when there is room), ReplicaStoppedError (outcome unknown;
         every later append is refused, too), records.RecordError (they do not follow `last`; nothing changed).
@@ -172,17 +174,29 @@ class Log:
         trailer = fmt.encode_trailer(segment.header, start, batch)
         try:
             try:
-                self._ops.write(self._fd, (batch, trailer), start)
+                self._ops.write_durably(self._fd, (batch, trailer), start)
             except OSError as error:
                 if not is_full(error):
                     raise
-                # Even preallocated space may be refused (copy on write, quotas). A part may have been written.
-                self._ops.zero(self._fd, start, len(batch) + len(trailer))
-                self._ops.sync_data(self._fd)
+                self._take_back((batch, trailer), start, error)
                 raise self._full(error) from error
-            self._ops.sync_data(self._fd)
         except OSError as error:
             raise self._stop("writing the log", error) from error
+
+    def _take_back(self, buffers: tuple[bytes, bytes], start: int, refused: OSError) -> None:
+        """Make durable zeros of a batch for which there is no room. Raises OSError, `refused` if it was the flush's."""
+        try:
+            # Even preallocated space may be refused (copy on write, quotas), and then is again. A flush that failed
+            # for want of room (thin provisioning) is no full disk but a failed fsync, and the write alone succeeds.
+            self._ops.write(self._fd, buffers, start)
+        except OSError as error:
+            if not is_full(error):
+                raise
+        else:
+            raise refused
+        # A part may have been written.
+        self._ops.zero(self._fd, start, sum(map(len, buffers)))
+        self._ops.sync_data(self._fd)
 
     def _roll(self, batch_bytes: int) -> None:
         """A new last segment with room for `batch_bytes`. Every earlier byte is durable, so only it can be torn."""
@@ -191,19 +205,10 @@ class Log:
         salt = int.from_bytes(os.urandom(8), "little")
         header = fmt.SegmentHeader(self._shard, first, size, salt, self.last.epoch, self._last_timestamp_ns)
         path = self._directory / fmt.segment_name(first)
-        temporary = path.with_suffix(".tmp")
-        fd = -1
         try:
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            self._ops.allocate(fd, size)
-            self._ops.write(fd, (fmt.encode_header(header),), 0)
-            self._ops.sync(fd)
+            temporary, fd = self._next.take(header)
         except OSError as error:
             # The new file is not part of the log yet, so nothing is in doubt: it can be tried again if it was room.
-            if fd >= 0:
-                os.close(fd)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise (self._full(error) if is_full(error) else self._stop("making a segment", error)) from error
         try:
             # An empty last segment may be replaced by a greater one of the same name.
@@ -219,6 +224,25 @@ class Log:
             self._fd = fd
             self._segments.append(Segment(path, header, fmt.HEADER_BYTES))
             self._rolls += 1
+
+    @property
+    def ahead_due(self) -> bool:
+        """Whether `make_ahead` has something to do: once a segment is written to, the next one will be wanted."""
+        end = self._segments[-1].end
+        return (
+            not self._next.is_ready and self._stopped is None and end is not None and end > fmt.HEADER_BYTES
+        )
+
+    def make_ahead(self) -> None:
+        """The next segment's file, so that `append` need not make it. Blocks long; for another thread than append's.
+
+        Does nothing when there is no room: whether that matters, `append` will know. Raises ReplicaStoppedError.
+        """
+        try:
+            self._next.make_ahead()
+        except OSError as error:
+            if not is_full(error):
+                raise self._stop("making a segment", error) from error
 
     def _unseal(self) -> None:
         try:
@@ -271,7 +295,7 @@ class Log:
                 offset = marks[position][1] if position >= 0 else fmt.HEADER_BYTES
             assert end is not None
             with segment.path.open("rb", buffering=0) as file:
-                return _collect(file.fileno(), offset, end, sequence, max_bytes)
+                return records_after(file.fileno(), offset, end, sequence, max_bytes)
         except fmt.WalError as error:
             raise damaged(segment.path, error) from error
         except FileNotFoundError as error:
@@ -359,6 +383,7 @@ class Log:
         if self._fd < 0:
             return
         self._close_fd()
+        self._next.close()
         if self._stopped is None and not self._sealed:
             seal = fmt.encode_seal(fmt.Seal(self._shard, self.last))
             write_atomically(self._directory / SEAL_NAME, seal)
@@ -368,28 +393,3 @@ class Log:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _collect(fd: int, offset: int, end: int, sequence: int, max_bytes: int) -> bytes:
-    """Records after `sequence` from a segment's durable part [offset, end). Raises WalError, OSError."""
-    pieces: list[bytes] = []
-    size, want = 0, _READ_BYTES + min(max_bytes, RECORD_BYTES_MAX)
-    while offset < end:
-        data = os.pread(fd, min(want, end - offset), offset)
-        at = offset
-        for found, start, stop in wal.walk(data, offset, offset):
-            at = stop
-            if found <= sequence:
-                continue
-            size += stop - start
-            if pieces and size > max_bytes:
-                return b"".join(pieces)
-            pieces.append(data[start - offset : stop - offset])
-        if at == offset:
-            if offset + len(data) >= end:
-                break
-            want = 2 * RECORD_BYTES_MAX
-        offset = at
-    if not pieces:
-        raise fmt.WalError(offset, f"the record after sequence {sequence} is not where it was written")
-    return b"".join(pieces)

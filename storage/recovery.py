@@ -1,4 +1,4 @@
-"""Opening a log: which segments there are, that they follow each other, and where the log ends. Blocking."""
+"""Reading a log's files: which segments there are, that they follow each other, where the log ends. Blocking."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from storage import segment as fmt
 from storage import wal
 from storage.errors import DamagedError, ForeignDataError, FormatError
 from storage.files import fsync_directory
+from storage.records import RECORD_BYTES_MAX
 
 SEAL_NAME = "SEAL"
+_READ_BYTES = 64 << 10
 
 
 @dataclass(slots=True)
@@ -161,3 +163,28 @@ def remove_seal(directory: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         (directory / SEAL_NAME).unlink()
     fsync_directory(directory)
+
+
+def records_after(fd: int, offset: int, end: int, sequence: int, max_bytes: int) -> bytes:
+    """Records after `sequence` from a segment's durable part [offset, end). Raises WalError, OSError."""
+    pieces: list[bytes] = []
+    size, want = 0, _READ_BYTES + min(max_bytes, RECORD_BYTES_MAX)
+    while offset < end:
+        data = os.pread(fd, min(want, end - offset), offset)
+        at = offset
+        for found, start, stop in wal.walk(data, offset, offset):
+            at = stop
+            if found <= sequence:
+                continue
+            size += stop - start
+            if pieces and size > max_bytes:
+                return b"".join(pieces)
+            pieces.append(data[start - offset : stop - offset])
+        if at == offset:
+            if offset + len(data) >= end:
+                break
+            want = 2 * RECORD_BYTES_MAX
+        offset = at
+    if not pieces:
+        raise fmt.WalError(offset, f"the record after sequence {sequence} is not where it was written")
+    return b"".join(pieces)

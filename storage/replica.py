@@ -83,7 +83,7 @@ class Replica:
         return replica
 
     def append(self, records: Sequence[bytes], rows: int) -> None:
-        """Room for `rows` new rows, then `records` (encoded, in order) to the log with one fdatasync. Blocks.
+        """Room for `rows` new rows, then `records` (encoded, in order) to the log with one durable write. Blocks.
 
         Raises DiskFullError (nothing changed; not logged), ReplicaStoppedError (outcome unknown, no more writes).
         """
@@ -102,6 +102,14 @@ class Replica:
         """What `append` has made durable, in order; publishes a new view. On the loop: no fsync, about 6 µs a record."""
         self._take(records)
         self._publish()
+
+    @property
+    def log_ahead_due(self) -> bool:
+        return self._log.ahead_due
+
+    def make_log_ahead(self) -> None:
+        """The log's next segment, beside `append`, which is slower without. Raises ReplicaStoppedError."""
+        self._log.make_ahead()
 
     def get(self, kind: Kind, id: int) -> Row | None:
         """The item or user, its checksums verified. Raises DamagedError."""

@@ -4,7 +4,7 @@ The laws (docs/wal.md argues for them; `storage/segment.py` has the bytes):
 
 1. A segment is a header, then batches, then zeros up to its preallocated size. A batch is whole records, then
    a trailer. Sequences have no gaps, epochs never fall.
-2. A batch is one write and one fdatasync, and the next begins only after that. So every byte before the `start`
+2. A batch is one durable write, and the next begins only after that. So every byte before the `start`
    that a trailer names was durable when that trailer was written: what is bad there is damage.
 3. Only the last batch of the last segment can be torn, and tearing leaves whole 512-byte sectors at zero. A bad
    unit is torn only if such a sector portion explains it. Everything else is damage.

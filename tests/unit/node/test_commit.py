@@ -137,6 +137,26 @@ async def test_a_submit_of_a_cancelled_task_leaves_no_trace(disk: Disk) -> None:
 
 
 @in_trio
+async def test_a_loop_woken_by_a_submit_that_is_taken_back_at_once_flushes_nothing(disk: Disk) -> None:
+    commit = GroupCommit(disk.flush)
+    answers: dict[int, object] = {}
+    async with trio.open_nursery() as nursery:
+        await nursery.start(commit.run)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await commit.submit(1)
+        assert scope.cancelled_caught
+        await trio.testing.wait_all_tasks_blocked()
+        assert (disk.batches, commit.statistics().flushes) == ([], 0)
+        nursery.start_soon(ask, commit, 2, answers)
+        disk.gate.release()
+        await trio.testing.wait_all_tasks_blocked()
+        assert answers == {2: 20}
+        nursery.cancel_scope.cancel()
+
+
+@in_trio
 async def test_when_the_loop_is_cancelled_everybody_is_told_at_once(disk: Disk) -> None:
     commit = GroupCommit(disk.flush)
     answers: dict[int, object] = {}

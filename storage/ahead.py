@@ -1,0 +1,95 @@
+"""Files for the log's segments; the next one is made ahead, its zeros written and not just allocated.
+
+A write into space that is only allocated makes the file system's journal note, at each fdatasync, that these blocks
+now hold data. Where zeros were written before, an fdatasync writes the data and nothing else (docs/wal.md). To a
+reader both are the same zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from storage import segment as fmt
+from storage.files import FileOps
+
+# Made durable in pieces: an append's fdatasync meanwhile waits behind one piece, not behind a segment.
+_PIECE_BYTES = 1 << 20
+
+
+class _Ready(NamedTuple):
+    path: Path
+    fd: int
+
+
+class NextSegment:
+    """`make_ahead` and `take` may come from two threads. Names end in `.tmp`: recovery removes what was not taken."""
+
+    def __init__(self, directory: Path, segment_bytes: int, ops: FileOps) -> None:
+        self._directory, self._segment_bytes, self._ops = directory, segment_bytes, ops
+        self._lock = threading.Lock()  # guards _ready and _made
+        self._ready: _Ready | None = None
+        self._made = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready is not None
+
+    def make_ahead(self) -> None:
+        """A file of `segment_bytes` durable zeros. Raises OSError; then nothing is left."""
+        if self._ready is not None:
+            return
+        made = self._create()
+        try:
+            self._ops.allocate(made.fd, self._segment_bytes)
+            for offset in range(0, self._segment_bytes, _PIECE_BYTES):
+                self._ops.zero(made.fd, offset, min(_PIECE_BYTES, self._segment_bytes - offset))
+                self._ops.sync_data(made.fd)
+        except BaseException:
+            _discard(made)
+            raise
+        with self._lock:
+            self._ready = made
+
+    def take(self, header: fmt.SegmentHeader) -> tuple[Path, int]:
+        """(path, open fd) of a durable file that begins with `header`, for the caller to give its name.
+
+        One that is only allocated when none is ready. Raises OSError; then nothing is left.
+        """
+        with self._lock:
+            ready = self._ready
+            if header.segment_bytes == self._segment_bytes:
+                self._ready = None
+            else:
+                ready = None
+        taken = ready or self._create()
+        try:
+            if ready is None:
+                self._ops.allocate(taken.fd, header.segment_bytes)
+            self._ops.write(taken.fd, (fmt.encode_header(header),), 0)
+            self._ops.sync(taken.fd)
+        except BaseException:
+            _discard(taken)
+            raise
+        return taken
+
+    def _create(self) -> _Ready:
+        with self._lock:
+            self._made += 1
+            path = self._directory / f"next-{self._made}.tmp"
+        return _Ready(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
+
+    def close(self) -> None:
+        with self._lock:
+            ready, self._ready = self._ready, None
+        if ready is not None:
+            _discard(ready)
+
+
+def _discard(file: _Ready) -> None:
+    os.close(file.fd)
+    with contextlib.suppress(OSError):
+        file.path.unlink()
