@@ -266,3 +266,9 @@ def test_a_thousand_nodes_see_a_crash_in_time_and_the_core_is_cheap() -> None:
     assert cluster.now - since <= 4.5
     print(f"{spent_us:.1f} us per event, the simulated network included")
     assert spent_us < 100
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("loss", "allowed"), [(0.2, 0), (0.3, 10)])
+def test_hardly_anybody_is_taken_for_dead_in_a_thousand_node_hours(loss: float, allowed: int) -> None:
+    assert sum(scenarios.false_deaths(OURS, 100, 100, seed, loss=loss) for seed in range(10)) <= allowed
