@@ -40,16 +40,45 @@ def test_a_seed_repeats_a_run_exactly() -> None:
     assert run(7, seconds=20) == run(7, seconds=20) != run(8, seconds=20)
 
 
+# A seed in which each planted mistake shows. A change of the machines or of the trouble moves them: `make soak` counts anew.
+NOTICED = {
+    "ack-before-fsync": 0,
+    "stream-unsynced": 0,
+    "promise-not-persisted": 7,
+    "no-start-wait": 12,
+    "log-not-compared": 3,
+    "lower-epoch-accepted": 2,
+    "write-on-after-restart": 0,
+    "tail-cut-without-reoffer": 2,
+    "side-file-deleted-early": 33,
+    "tombstone-purged-early": 0,
+    "amnesiac-votes": 1,
+    "lease-not-checked": 1,
+}
+
+
+def noticed(bug: str, seed: int) -> bool:
+    try:
+        return bool(run(seed, bugs=frozenset([bug])).violations)
+    except AssertionError:
+        return True  # the machines themselves noticed
+
+
 @pytest.mark.parametrize("bug", BUGS)
-def test_the_checker_catches_a_planted(bug: str) -> None:
-    """How many seeds of a hundred catch each is in docs/testing.md; here one has to."""
-    for seed in range(60):
-        try:
-            if run(seed, bugs=frozenset([bug])).violations:
-                return
-        except AssertionError:
-            return  # the machines themselves noticed
-    pytest.fail(f"60 seeds did not notice {bug}")
+def test_the_checker_notices_a_planted_mistake(bug: str) -> None:
+    # Beside the known seed its neighbours, so that a small change elsewhere does not ask for new numbers.
+    first = NOTICED[bug]
+    assert any(noticed(bug, seed) for seed in (first, *range(first + 1, first + 20))), (
+        f"nothing noticed {bug}"
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("bug", BUGS)
+def test_how_often_each_planted_mistake_is_noticed(bug: str) -> None:
+    count = sum(noticed(bug, seed) for seed in range(60))
+    print(f"| `{bug}` | {count} of 60 |")
+    assert count >= 1
 
 
 @pytest.mark.soak
