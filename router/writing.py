@@ -89,7 +89,9 @@ class Writer:
                 # A node that is down for good is not worth the whole deadline when nothing was sent.
                 if not sent:
                     return _all(
-                        asks, "no_primary", f"the primary {primary} is down; reads go on, nothing was written"
+                        asks,
+                        "no_primary",
+                        f"the primary {primary} is down: its shards answer reads and refuse writes",
                     )
             except NodeError as error:
                 if error.code == "deadline_exceeded":
