@@ -75,7 +75,6 @@ def make_catalogue() -> Catalogue:
 
 def main(*, once: bool, directory: Path) -> int:
     """Runs the demo and cleans up in any case. Returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM cleans up as Ctrl-C does
     started = time.monotonic()
     try:
         with own_directory(directory) as place:
@@ -95,9 +94,20 @@ def main(*, once: bool, directory: Path) -> int:
 
 async def _run(cluster: LocalCluster, once: bool, started: float) -> None:
     try:
-        await _demo(cluster, once, started)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_stop_on_sigterm)
+            await _demo(cluster, once, started)
+            nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise first_cause(group) from None
+
+
+async def _stop_on_sigterm(*, task_status: trio.TaskStatus[None]) -> None:
+    """SIGTERM cleans up as Ctrl-C does."""
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            raise KeyboardInterrupt
 
 
 async def _demo(cluster: LocalCluster, once: bool, started: float) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -74,40 +75,36 @@ def nodes_table(status: dict[str, Any]) -> Table:
     """One row for each member."""
     title = f"cluster {status.get('cluster', '?')}, seen by {status.get('node', '?')} ({status.get('state', '?')})"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for name in (
-        "node",
-        "state",
-        "for",
-        "heard",
-        "region",
-        "zone",
-        "version",
-        "shards",
-        "lag",
-        "load",
-        "app",
-    ):
-        table.add_column(name, no_wrap=name in ("node", "state"), overflow="fold")
-    table.add_column("not well", overflow="fold", style="yellow")
-    for member in status.get("members", []):
+    members = status.get("members", [])
+    # A terminal has 80 columns: what is the same for all, or empty, is left out (`--output json` has everything).
+    places = {(member.get("region"), member.get("zone")) for member in members}
+    versions = {member.get("version") for member in members if member.get("version")}
+    unwell = any(member.get("degraded") for member in members)
+    columns = ["node", "state", "for", "heard", "shards", "lag", "load", "app"]
+    columns += ["where"] * (len(places) > 1) + ["version"] * (len(versions) > 1)
+    for name in columns:
+        table.add_column(name, no_wrap=name in ("node", "state", "app"), overflow="fold")
+    if unwell:
+        table.add_column("not well", overflow="fold", style="yellow")
+    for member in members:
         state = str(member.get("state", "?"))
         if state == "alive" and not member.get("connected", True):
             state = "alive, no link"
         load = member.get("load", {})
-        table.add_row(
-            str(member.get("name", "?")),
-            Text(state, style=STYLES.get(state, "yellow")),
-            duration(member.get("state_ms")),
-            duration(member.get("heard_ms")),
-            str(member.get("region", "")),
-            str(member.get("zone", "")),
-            str(member.get("version", "")),
-            str(member.get("shards", "")) if member.get("in_layout", True) else "not in the layout",
-            duration(member.get("lag_ms")),
-            f"{load['queued']:.0f} queued, {load['batch_ms']:.1f} ms" if load else "",
-            Text(str(member.get("app", ""))),
-            Text(str(member.get("degraded") or "")),
-        )
+        cells: dict[str, RenderableType] = {
+            "node": str(member.get("name", "?")),
+            "state": Text(state, style=STYLES.get(state, "yellow")),
+            "for": duration(member.get("state_ms")),
+            "heard": duration(member.get("heard_ms")),
+            "where": f"{member.get('region', '')}/{member.get('zone', '')}",
+            "version": str(member.get("version", "")),
+            "shards": str(member.get("shards", "")) if member.get("in_layout", True) else "not in the layout",
+            "lag": duration(member.get("lag_ms")),
+            "load": f"{load['queued']:.0f} queued, {load['batch_ms']:.1f} ms" if load else "",
+            "app": Text(str(member.get("app", "")).removeprefix("ws://")),
+        }
+        row: list[RenderableType] = [cells[name] for name in columns]
+        table.add_row(*row, *([Text(str(member.get("degraded") or ""))] if unwell else []))
     return table
 
 

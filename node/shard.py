@@ -258,7 +258,8 @@ class ShardActor:
             data = self.replica.read_log(after, max_bytes)
         return (
             self.epoch,
-            self.replica.position.sequence,
+            # What the log's thread has just made durable may be in `data` before the loop has applied it.
+            self.replica.logged,
             self.progress.lag_ms(after, trio.current_time()),
             data,
         )

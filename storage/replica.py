@@ -133,6 +133,11 @@ class Replica:
         """The last record's timestamp; 0 when it is not known."""
         return self._log.last_timestamp_ns
 
+    @property
+    def logged(self) -> int:
+        """The last durable sequence: `position` follows it as soon as the loop has applied it."""
+        return self._log.last.sequence
+
     def read_log(self, after: int, max_bytes: int) -> bytes:
         """Whole durable records with sequence > after, at least one if there is one. Raises LogGoneError."""
         return self._log.read_after(after, max_bytes)
