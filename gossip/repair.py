@@ -18,7 +18,8 @@ from gossip.buckets import COUNT, ItemTable, Ref
 from gossip.codec import PARTS_BYTES_MAX, size_of
 from gossip.config import GossipConfig
 from gossip.facts import Facts
-from gossip.membership import Me, Member, Membership
+from gossip.member import Me, Member
+from gossip.membership import Membership
 from gossip.messages import Address, Buckets, Digest, Join, Part, Root, State, Want
 from gossip.timers import Timers
 
