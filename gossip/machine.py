@@ -229,10 +229,10 @@ class Machine:
             self._hot.put(part.origin, part)
 
     def _announced(self, part: Fact | Hot) -> bool:
-        """Whether its origin is a member in that boot. Facts of nobody would be passed on forever; those of a boot before its
-        claim, or of one that is over, wait for repair."""
+        """Whether its origin is a member, and in that boot. Facts of nobody would be passed on forever; those
+        of a boot before its claim wait for repair."""
         member = self._table.members.get(part.origin)
-        if member is not None and member.boot == part.boot:
+        if member is not None and member.boot == part.boot and member.state is not State.LEFT:
             return True
         self._counters["unannounced"] += 1
         return False

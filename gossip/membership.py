@@ -111,12 +111,18 @@ class Membership:
                 kind = "refuted"
             elif claim.address != member.address:
                 kind = "moved"
+        if claim.state is State.DOWN:
+            # Whom we suspect ourselves, or on an accuser's word, we believe to be dead; hearsay is not enough.
+            buried = before is not State.ALIVE and not (
+                member.suspicion is not None and member.suspicion.hearsay
+            )
+        else:
+            buried = claim.state is State.LEFT and self._may_leave(member, claim)
         self._end_suspicion(member)
         member.boot, member.incarnation, member.address = claim.boot, claim.incarnation, claim.address
         member.cleared.clear()
         member.state, member.since = State.ALIVE, now
-        own_word = claim.state is State.LEFT and claim.by == member.id
-        if own_word or (claim.state in (State.DOWN, State.LEFT) and before is not State.ALIVE):
+        if buried:
             self._bury(member, claim, now)
             return
         self._place(member)
@@ -142,11 +148,14 @@ class Membership:
             elif member.state is State.ALIVE and claim.by not in member.cleared:
                 self._doubt_life(member, claim.by, now)
         elif claim.state is State.LEFT and member.state is not State.LEFT:
-            # Its own word, or an operator's about a dead one.
-            if claim.by == member.id or member.state is State.DOWN:
+            if self._may_leave(member, claim):
                 self._bury(member, claim, now)
             else:
                 self._tell(member, now)
+
+    def _may_leave(self, member: Member, claim: Claim) -> bool:
+        """By its own word, or an operator's about one whom we do not hold alive."""
+        return claim.by == member.id or member.state in (State.DOWN, State.LEFT)
 
     def _bury(self, member: Member, claim: Claim, now: float) -> None:
         self._end_suspicion(member)
@@ -156,6 +165,8 @@ class Membership:
         self._event("left" if claim.state is State.LEFT else "down", member, claim.by, now)
         self._spread(member, claim.by)
         if claim.state is State.LEFT:
+            # Those who join later do not hear of it; its facts would differ for as long as we remember it.
+            self._facts.forget(member.id)
             self._timers.at(now + self._config.left_keep_s, self._forget_left, member)
 
     def _forget_left(self, member: Member, now: float) -> None:

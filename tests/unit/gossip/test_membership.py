@@ -99,6 +99,22 @@ def test_alive_and_declared_dead_is_hearsay(incarnation: int) -> None:
     assert kinds(one.tell(alive(X, incarnation + 1))) == ["refuted"]
 
 
+def test_hearsay_of_the_next_incarnation_is_hearsay_again() -> None:
+    one = One(20, X, A, B)
+    one.tell(said(DOWN, X, A))
+    one.tell(said(DOWN, X, A, 1))
+    assert one.state(X) is SUSPECT
+    assert "down" not in kinds(one.run(0.95), X)
+    assert "down" in kinds(one.run(0.6), X)
+
+
+@pytest.mark.parametrize("incarnation", [0, 1])
+def test_suspect_and_given_up_by_an_operator_is_not_gone(incarnation: int) -> None:
+    one = suspected()
+    one.tell(said(LEFT, X, B, incarnation))
+    assert one.state(X) in (ALIVE, SUSPECT)
+
+
 def test_hearsay_that_is_not_refuted_is_for_our_own_burst_to_decide() -> None:
     one = One(20, X, A, B)
     one.tell(said(DOWN, X, A))

@@ -117,6 +117,8 @@ def test_ghosts_do_not_go_from_node_to_node() -> None:
     left, right = with_facts(X), with_facts(X)
     for one in (left, right):
         one.tell(said(State.LEFT, X, X))
+        assert one.machine.facts(X) == {}
+    right.tell(Fact(X, 1, 1, b"key-0", b"late"))
     left.machine._table._forget(left.machine._table.members[X])
     exchange(left, right)
     assert left.machine.facts(X) == {}
