@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from random import Random
 from typing import Any
 
-from gossip.buckets import ItemTable
+from gossip.buckets import ItemTable, Ref
 from gossip.codec import PARTS_BYTES_MAX, size_of
 from gossip.config import GossipConfig
 from gossip.effects import Effect, Event, Send, Superseded
@@ -218,23 +218,25 @@ class Machine:
     def _on_fact(self, part: Fact, source: Address, sender: int, now: float) -> None:
         if part.origin == self._me.id:
             self._outbid(part, self._cold, (part.origin, part.key))
-        elif self._announced(part) and self._facts.merge(part):
+        elif self._announced(part, Ref("f", part.origin, part.key), source, now) and self._facts.merge(part):
             self._cold.put((part.origin, part.key), part)
             self._out.append(Event("fact", part.origin, now, part.boot, 0, key=part.key))
 
     def _on_hot(self, part: Hot, source: Address, sender: int, now: float) -> None:
         if part.origin == self._me.id:
             self._outbid(part, self._hot, part.origin)
-        elif self._announced(part) and self._facts.merge_hot(part):
+        elif self._announced(part, Ref("h", part.origin), source, now) and self._facts.merge_hot(part):
             self._hot.put(part.origin, part)
 
-    def _announced(self, part: Fact | Hot) -> bool:
-        """Whether its origin is a member, and in that boot. Facts of nobody would be passed on forever; those
-        of a boot before its claim wait for repair."""
+    def _announced(self, part: Fact | Hot, ref: Ref, source: Address, now: float) -> bool:
+        """Whether its origin is a member, and in that boot. Facts of nobody would be passed on forever;
+        those that came before their claim are asked for with it."""
         member = self._table.members.get(part.origin)
         if member is not None and member.boot == part.boot and member.state is not State.LEFT:
             return True
         self._counters["unannounced"] += 1
+        if member is None or member.boot < part.boot:
+            self._repair.ask(ref, source, now)
         return False
 
     def _outbid(self, part: Fact | Hot, rumours: Rumours, key: Hashable) -> None:

@@ -8,7 +8,7 @@ from gossip.codec import PARTS_BYTES_MAX, size_of
 from gossip.effects import Effect, Send
 from gossip.errors import FactError, GossipError
 from gossip.messages import Buckets, Claim, Digest, Fact, Hot, Join, Root, State, Want
-from tests.unit.gossip.machines import ME, One, home, said, sent
+from tests.unit.gossip.machines import ME, One, alive, home, said, sent
 
 X, A = 30, 40
 
@@ -110,6 +110,21 @@ def test_unknown_items_and_empty_digests_are_answered_with_little() -> None:
     assert sent(one.tell(Want((1, 2, 3))), Fact) == []
     wanted = sent(one.tell(Digest(1, ((48 * 5, 7), (48 * 6, 7)))), Want)
     assert [set(part.items) for part in wanted] == [{48 * 5, 48 * 6}]
+
+
+def test_facts_that_come_before_their_claim_are_asked_for_with_it() -> None:
+    one, teller = One(20), with_facts(X)
+    for number in range(300):
+        one.tell(Fact(X, 1, 1, b"key-%d" % (number % 3), bytes(40)), Fact(A, 1, 1, b"%d" % number, b""))
+    wants = sent(one.run(0.06), Want, home(20))
+    assert len(wants) == 1
+    assert len(wants[0].items) <= 101
+    one.tell(*[part for e in teller.tell(wants[0]) if isinstance(e, Send) for part in e.parts])
+    assert one.machine.facts(X) == teller.machine.facts(X) != {}
+    # Those of a former boot are not asked for, nor those of who has left.
+    one.tell(alive(X, boot=2))
+    one.tell(Fact(X, 1, 1, b"key", b""), said(State.LEFT, X, X, boot=2), Fact(X, 2, 1, b"key", b""))
+    assert sent(one.run(0.1), Want) == []
 
 
 def test_ghosts_do_not_go_from_node_to_node() -> None:
