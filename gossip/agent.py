@@ -25,7 +25,8 @@ from gossip.effects import Effect, Event, Send
 from gossip.errors import DroppedError
 from gossip.exchange import MAGIC, Exchange, StreamLimits
 from gossip.keyring import Keyring, KeyView
-from gossip.machine import Machine, MemberView
+from gossip.machine import Machine
+from gossip.member import MemberView
 from gossip.messages import Ack, Address, Claim, Part
 from gossip.paths import Paths
 from gossip.replays import Replays

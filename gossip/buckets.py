@@ -105,7 +105,7 @@ class ItemTable:
 
     def refs(self, items: Iterable[int]) -> list[Ref]:
         found = []
-        for item in items:
+        for item in dict.fromkeys(items):
             for bucket in (item % HOT_FROM, HOT_FROM + item % (COUNT - HOT_FROM)):
                 entry = self._items[bucket].get(item)
                 if entry is not None:

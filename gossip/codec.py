@@ -12,7 +12,14 @@ from enum import IntEnum
 from typing import Any
 
 from gossip.addresses import packed_address
-from gossip.config import FACT_KEY_BYTES_MAX, FACT_VALUE_BYTES_MAX, HOT_BYTES_MAX, PACKET_BYTES_MAX
+from gossip.config import (
+    COUNTER_MAX,
+    FACT_KEY_BYTES_MAX,
+    FACT_VALUE_BYTES_MAX,
+    HOT_BYTES_MAX,
+    INCARNATION_MAX,
+    PACKET_BYTES_MAX,
+)
 from gossip.messages import (
     Ack,
     Buckets,
@@ -151,7 +158,7 @@ def _put_claim(part: Claim) -> bytes:
     if boot < 128 and incarnation < 128 and len(packed) == 7:
         return _CLAIM_SHORT.pack(Kind.CLAIM, 26, id, boot, incarnation, state, packed, by)
     assert boot < U32
-    assert incarnation < U32
+    assert incarnation <= INCARNATION_MAX
     return _part(
         Kind.CLAIM,
         ID.pack(id) + _varint(boot) + _varint(incarnation) + bytes((state,)) + packed + ID.pack(by),
@@ -161,6 +168,7 @@ def _put_claim(part: Claim) -> bytes:
 def _put_fact(part: Fact) -> bytes:
     origin, boot, counter, key, value = part
     assert boot < U32
+    assert counter <= COUNTER_MAX
     assert len(key) <= FACT_KEY_BYTES_MAX
     assert len(value) <= FACT_VALUE_BYTES_MAX
     return _part(
@@ -171,6 +179,7 @@ def _put_fact(part: Fact) -> bytes:
 def _put_hot(part: Hot) -> bytes:
     origin, boot, counter, value = part
     assert boot < U32
+    assert counter <= COUNTER_MAX
     assert len(value) <= HOT_BYTES_MAX
     return _part(Kind.HOT, ID.pack(origin) + _varint(boot) + _varint(counter) + value)
 

@@ -12,6 +12,9 @@ FACT_KEY_BYTES_MAX = 64
 FACT_KEYS_MAX = 64
 FACT_BYTES_MAX = 16 << 10
 HOT_BYTES_MAX = 255
+# Repair packs a claim's boot, incarnation and state, or a fact's boot and counter, into one version of 64 bits.
+INCARNATION_MAX = (1 << 30) - 1
+COUNTER_MAX = (1 << 32) - 1
 
 # auto: UDP, and TCP to those whom UDP does not reach. off: no UDP socket is opened. on: UDP, TCP for large exchanges only.
 UdpMode = Literal["auto", "on", "off"]

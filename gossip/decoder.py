@@ -24,7 +24,13 @@ from gossip.codec import (
     U64,
     Kind,
 )
-from gossip.config import FACT_KEY_BYTES_MAX, FACT_VALUE_BYTES_MAX, HOT_BYTES_MAX
+from gossip.config import (
+    COUNTER_MAX,
+    FACT_KEY_BYTES_MAX,
+    FACT_VALUE_BYTES_MAX,
+    HOT_BYTES_MAX,
+    INCARNATION_MAX,
+)
 from gossip.errors import CodecError
 from gossip.messages import (
     Ack,
@@ -129,7 +135,7 @@ def _get_claim(data: bytes, at: int, end: int) -> Claim:
             raise CodecError("malformed")
         (id,) = ID.unpack_from(data, at)
         boot, at = _varint(data, at + 8, end, U32)
-        incarnation, at = _varint(data, at, end, U32)
+        incarnation, at = _varint(data, at, end, INCARNATION_MAX + 1)
         state = data[at] if at < end else 255
         address, at = _address(data, at + 1, end)
         if end - at < 8:
@@ -151,7 +157,7 @@ def _version(data: bytes, at: int, end: int) -> tuple[int, int, int, int]:
     if boot < 128 and counter < 128:
         return origin, boot, counter, at + 10
     boot, at = _varint(data, at + 8, end, U32)
-    counter, at = _varint(data, at, end, U64)
+    counter, at = _varint(data, at, end, COUNTER_MAX + 1)
     return origin, boot, counter, at
 
 

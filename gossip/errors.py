@@ -1,4 +1,5 @@
-"""What gossip raises. One root; a packet that is not for us is a `DroppedError`, an operator's wrong key a `KeyringError`."""
+"""What gossip raises. One root; a packet that is not for us is a `DroppedError`, a fact over a bound a
+`FactError`, an operator's wrong key a `KeyringError`."""
 
 from __future__ import annotations
 
@@ -32,6 +33,12 @@ class DroppedError(GossipError):
 
 class CodecError(DroppedError):
     """The opened packet is not what a node of a version that we read sends."""
+
+
+class FactError(GossipError):
+    """A fact of our own is over a bound."""
+
+    code = "too_large"
 
 
 class KeyringError(GossipError):

@@ -12,19 +12,15 @@ from dataclasses import dataclass, field
 
 from gossip.buckets import ItemTable, Ref, item_of
 from gossip.config import (
+    COUNTER_MAX,
     FACT_BYTES_MAX,
     FACT_KEY_BYTES_MAX,
     FACT_KEYS_MAX,
     FACT_VALUE_BYTES_MAX,
     HOT_BYTES_MAX,
 )
+from gossip.errors import FactError
 from gossip.messages import Fact, Hot
-
-
-class FactError(ValueError):
-    """A fact of our own that is over a bound."""
-
-    code = "too_large"
 
 
 @dataclass(slots=True)
@@ -77,6 +73,26 @@ class Facts:
         hot = Hot(self._me, self._boot, counter + 1, value)
         self._store_hot(mine, hot)
         return hot
+
+    def outbid(self, heard: Fact | Hot) -> Fact | Hot | None:
+        """Somebody tells a fact of ours that this process has not said, as after our disk was set back: what to say
+        above it, or everybody would keep to it. None when it is older than what we say."""
+        mine = self._origins[self._me]
+        if heard.boot != self._boot or heard.counter >= COUNTER_MAX:
+            return None
+        if isinstance(heard, Hot):
+            if mine.hot is not None and mine.hot >= (heard.counter, heard.value):
+                return None
+            hot = Hot(self._me, self._boot, heard.counter + 1, mine.hot[1] if mine.hot else b"")
+            self._store_hot(mine, hot)
+            return hot
+        old = mine.entries.get(heard.key, (0, b""))
+        if old >= (heard.counter, heard.value) or not self._fits(mine, heard.key, old[1]):
+            return None
+        self._counter = max(self._counter, heard.counter) + 1
+        fact = Fact(self._me, self._boot, self._counter, heard.key, old[1])
+        self._store(mine, fact)
+        return fact
 
     # -- those of others ------------------------------------------------------------------------------------------
 

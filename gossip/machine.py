@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from random import Random
 from typing import Any
 
-from gossip.buckets import ItemTable
+from gossip.buckets import ItemTable, Ref
 from gossip.codec import PARTS_BYTES_MAX, size_of
 from gossip.config import GossipConfig
-from gossip.effects import Effect, Event, Send
+from gossip.effects import Effect, Event, Send, Superseded
 from gossip.facts import Facts
-from gossip.membership import Me, Member, Membership
+from gossip.member import Me, Member, MemberView
+from gossip.membership import Membership
 from gossip.messages import (
     Ack,
     Address,
@@ -42,20 +42,6 @@ TELL_EVERY_S = 0.5
 GOODBYES_MAX = 128
 
 
-@dataclass(frozen=True, slots=True)
-class MemberView:
-    """One member as this node sees it. heard_at: when anything came from it last, in the machine's seconds; None: never."""
-
-    id: int
-    boot: int
-    incarnation: int
-    state: State
-    address: Address
-    since: float
-    heard_at: float | None
-    rtt_s: float | None
-
-
 class Machine:
     """Gossip of one node. Time is monotonic seconds, given by the caller; packets come already opened and decoded."""
 
@@ -67,7 +53,7 @@ class Machine:
         self._out: list[Effect] = []
         self._timers = Timers()
         self._items = ItemTable()
-        self._facts = Facts(id, boot, self._items, origins_max=config.members_max)
+        self._facts = Facts(id, boot, self._items, origins_max=config.members_max + 1)
         self._claims, self._cold, self._hot = Rumours(), Rumours(), Rumours()
         self._prober = Prober(config, self._me, timers=self._timers, random=random, send=self._send)
         self._table = Membership(
@@ -103,7 +89,7 @@ class Machine:
         self._told_at = now - config.rumour_s
         self._sends = 1
         self._started = now
-        self._counters = {"packets_in": 0, "packets_out": 0, "streams_out": 0}
+        self._counters = {"packets_in": 0, "packets_out": 0, "streams_out": 0, "unannounced": 0}
         self._on: dict[type, Callable[[Any, Address, int, float], None]] = {
             Ping: self._on_ping,
             Ack: lambda part, source, sender, now: self._prober.on_ack(part, sender, now),
@@ -155,6 +141,8 @@ class Machine:
             if boot == self._me.boot:
                 self._note_seed(source, sender)  # a seed that is ourselves
                 return []
+            if boot > self._me.boot:
+                self._out.append(Superseded(boot))
         else:
             self._note_seed(source, sender)
             self._hear(sender, boot, now)
@@ -228,13 +216,33 @@ class Machine:
         self._prober.on_ping(part, source, self._table.members.get(sender), now)
 
     def _on_fact(self, part: Fact, source: Address, sender: int, now: float) -> None:
-        if self._facts.merge(part):
+        if part.origin == self._me.id:
+            self._outbid(part, self._cold, (part.origin, part.key))
+        elif self._announced(part, Ref("f", part.origin, part.key), source, now) and self._facts.merge(part):
             self._cold.put((part.origin, part.key), part)
             self._out.append(Event("fact", part.origin, now, part.boot, 0, key=part.key))
 
     def _on_hot(self, part: Hot, source: Address, sender: int, now: float) -> None:
-        if self._facts.merge_hot(part):
+        if part.origin == self._me.id:
+            self._outbid(part, self._hot, part.origin)
+        elif self._announced(part, Ref("h", part.origin), source, now) and self._facts.merge_hot(part):
             self._hot.put(part.origin, part)
+
+    def _announced(self, part: Fact | Hot, ref: Ref, source: Address, now: float) -> bool:
+        """Whether its origin is a member, and in that boot. Facts of nobody would be passed on forever;
+        those that came before their claim are asked for with it."""
+        member = self._table.members.get(part.origin)
+        if member is not None and member.boot == part.boot and member.state is not State.LEFT:
+            return True
+        self._counters["unannounced"] += 1
+        if member is None or member.boot < part.boot:
+            self._repair.ask(ref, source, now)
+        return False
+
+    def _outbid(self, part: Fact | Hot, rumours: Rumours, key: Hashable) -> None:
+        mine = self._facts.outbid(part)
+        if mine is not None:
+            rumours.put(key, mine)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -263,12 +271,13 @@ class Machine:
         self._told_at = now
         self._sends = config.sends(len(self._table.ring))
         targets = self._prober.pick(config.fanout)
-        for member in targets:
+        for place, member in enumerate(targets):
             parts: list[Part] = []
             used = self._claims.take(parts, PARTS_BYTES_MAX, self._sends) if self._claims else 0
             if self._cold:
-                # Cold facts leave half of what is left to the hot ones, if there are any.
-                room = (PARTS_BYTES_MAX - used) // 2 if self._hot else PARTS_BYTES_MAX - used
+                # Cold facts leave half of what is left to the hot ones, if there are any: but for the first packet, because
+                # the largest of them need a whole one.
+                room = (PARTS_BYTES_MAX - used) // (2 if self._hot and place else 1)
                 cold = self._cold.take(parts, min(room, self._cold_budget.left(now)), self._sends)
                 self._cold_budget.spend(cold)
                 used += cold
@@ -333,7 +342,7 @@ class Machine:
             if self._tries % 2:
                 self._send(
                     chosen.address,
-                    [Ping(0, chosen.id, 0), self._me.claim(), chosen.claim(self._me.id)],
+                    [self._prober.hello(chosen.id, now), self._me.claim(), chosen.claim(self._me.id)],
                     False,
                     now,
                 )
@@ -345,7 +354,9 @@ class Machine:
                     now,
                 )
         elif self._tries % 2:
-            self._send(chosen, [Ping(0, 0, 0), self._me.claim(), self._repair.root()], False, now)
+            self._send(
+                chosen, [self._prober.hello(0, now), self._me.claim(), self._repair.root()], False, now
+            )
         else:
             self._send(chosen, self._join_parts(), True, now)
 

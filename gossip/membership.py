@@ -13,75 +13,18 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from gossip.buckets import ItemTable, Ref, item_of
-from gossip.config import GossipConfig
+from gossip.config import INCARNATION_MAX, GossipConfig
 from gossip.effects import Effect, Event, EventKind, Superseded
 from gossip.facts import Facts
+from gossip.member import Me, Member, Suspicion
 from gossip.messages import Address, Claim, State
 from gossip.rumours import Rumours
 from gossip.timers import Timers
 
-
-@dataclass(slots=True)
-class Me:
-    """This node itself. health: Lifeguard's local health, 0 (good) to `health_max`."""
-
-    id: int
-    boot: int
-    address: Address
-    incarnation: int = 0
-    health: int = 0
-    leaving: bool = False
-
-    def claim(self) -> Claim:
-        state = State.LEFT if self.leaving else State.ALIVE
-        return Claim(self.id, self.boot, self.incarnation, state, self.address, self.id)
-
-
-@dataclass(slots=True, eq=False)
-class Suspicion:
-    """accusers: who said so, at most one more than the confirmations that count."""
-
-    started: float
-    deadline: float
-    accusers: set[int]
-    # Our own probe has failed, too.
-    mine: bool = False
-    # Nobody accuses it but those who have declared it dead while we hold it alive.
-    hearsay: bool = False
-    # When our burst failed last.
-    burst_failed_at: float | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """Another node as we see it."""
-
-    id: int
-    boot: int
-    incarnation: int
-    state: State
-    address: Address
-    since: float
-    item: int
-    suspicion: Suspicion | None = None
-    # Who accused this incarnation before a round trip of ours cleared it.
-    cleared: set[int] = field(default_factory=set)
-    heard_at: float | None = None
-    rtt_s: float | None = None
-    # When it was last told what is said of it.
-    told_at: float = -1e9
-
-    @property
-    def version(self) -> int:
-        """For repair; suspicion passes by itself and is left out of it."""
-        state = State.ALIVE if self.state is State.SUSPECT else self.state
-        return self.boot << 32 | self.incarnation << 2 | state
-
-    def claim(self, by: int) -> Claim:
-        return Claim(self.id, self.boot, self.incarnation, self.state, self.address, by)
+# Accusers of one incarnation who are remembered after it was cleared.
+CLEARED_MAX = 64
 
 
 class Membership:
@@ -128,7 +71,7 @@ class Membership:
     def _on_unknown(self, claim: Claim, now: float) -> None:
         if claim.state is State.LEFT:
             return  # nobody whom we would have to try
-        if len(self.members) >= self._config.members_max:
+        if len(self.members) >= self._config.members_max and not self._make_room():
             self.refused += 1
             return
         item = item_of(Ref("c", claim.id))
@@ -136,12 +79,20 @@ class Membership:
         state = State.ALIVE if claim.state is State.SUSPECT else claim.state
         member = Member(claim.id, claim.boot, claim.incarnation, state, claim.address, now, item)
         self.members[claim.id] = member
-        self._facts.raise_boot(claim.id, claim.boot)
         self._place(member)
-        self._event("joined", member, claim.by, now)
+        if state is State.ALIVE:
+            self._event("joined", member, claim.by, now)
         self._spread(member, claim.by)
         if claim.state is State.SUSPECT:
             self._accuse(member, claim.by, now)
+
+    def _make_room(self) -> bool:
+        """Who has left makes room, whoever was known first."""
+        for member in self.members.values():
+            if member.state is State.LEFT:
+                self._forget(member)
+                return True
+        return False
 
     def _on_newer(self, member: Member, claim: Claim, now: float) -> None:
         """A greater boot or incarnation: what was said of the former is void."""
@@ -160,16 +111,29 @@ class Membership:
                 kind = "refuted"
             elif claim.address != member.address:
                 kind = "moved"
+        if claim.state is State.DOWN:
+            # Whom we suspect ourselves, or on an accuser's word, we believe to be dead; hearsay is not enough.
+            buried = before is not State.ALIVE and not (
+                member.suspicion is not None and member.suspicion.hearsay
+            )
+        else:
+            buried = claim.state is State.LEFT and self._may_leave(member, claim)
         self._end_suspicion(member)
         member.boot, member.incarnation, member.address = claim.boot, claim.incarnation, claim.address
         member.cleared.clear()
         member.state, member.since = State.ALIVE, now
-        if claim.state in (State.DOWN, State.LEFT):
+        if buried:
             self._bury(member, claim, now)
             return
         self._place(member)
         if kind is not None:
             self._event(kind, member, claim.by, now)
+        if claim.state is State.DOWN:
+            self._doubt_life(member, claim.by, now)
+            return
+        if claim.state is State.LEFT:
+            self._tell(member, now)
+            return
         self._spread(member, claim.by)
         if claim.state is State.SUSPECT:
             self._accuse(member, claim.by, now)
@@ -184,23 +148,34 @@ class Membership:
             elif member.state is State.ALIVE and claim.by not in member.cleared:
                 self._doubt_life(member, claim.by, now)
         elif claim.state is State.LEFT and member.state is not State.LEFT:
-            # Its own word, or an operator's about a dead one.
-            if claim.by == member.id or member.state is State.DOWN:
+            if self._may_leave(member, claim):
                 self._bury(member, claim, now)
             else:
                 self._tell(member, now)
 
+    def _may_leave(self, member: Member, claim: Claim) -> bool:
+        """By its own word, or an operator's about one whom we do not hold alive."""
+        return claim.by == member.id or member.state in (State.DOWN, State.LEFT)
+
     def _bury(self, member: Member, claim: Claim, now: float) -> None:
         self._end_suspicion(member)
         member.state, member.since = claim.state, now
+        member.left_by = claim.by if claim.state is State.LEFT else 0
         self._place(member)
         self._event("left" if claim.state is State.LEFT else "down", member, claim.by, now)
         self._spread(member, claim.by)
         if claim.state is State.LEFT:
+            # Those who join later do not hear of it; its facts would differ for as long as we remember it.
+            self._facts.forget(member.id)
             self._timers.at(now + self._config.left_keep_s, self._forget_left, member)
 
     def _forget_left(self, member: Member, now: float) -> None:
-        if member.state is State.LEFT and self.members.get(member.id) is member:
+        # It may have come back meanwhile, and left again since.
+        if member.state is State.LEFT and now >= member.since + self._config.left_keep_s:
+            self._forget(member)
+
+    def _forget(self, member: Member) -> None:
+        if self.members.get(member.id) is member:
             del self.members[member.id]
             self._items.drop(member.item, "c")
             self._facts.forget(member.id)
@@ -215,7 +190,8 @@ class Membership:
             return
         if claim.state is State.ALIVE and claim.incarnation == me.incarnation:
             return
-        me.incarnation = claim.incarnation + 1
+        # Who stands at the last one was pushed there: only a restart, with its greater boot, can refute more.
+        me.incarnation = min(claim.incarnation + 1, INCARNATION_MAX)
         if claim.state is not State.ALIVE:
             # That others could think so may well be our own slowness (Lifeguard, section IV-A).
             me.health = min(me.health + 1, self._config.health_max)
@@ -223,7 +199,7 @@ class Membership:
 
     def publish_address(self, address: Address) -> None:
         self._me.address = address
-        self._me.incarnation += 1
+        self._me.incarnation = min(self._me.incarnation + 1, INCARNATION_MAX)
         self._publish_me()
 
     def leave(self) -> None:
@@ -329,6 +305,8 @@ class Membership:
         suspicion = member.suspicion
         if suspicion is None:
             return
+        if len(member.cleared) > CLEARED_MAX:
+            member.cleared.clear()
         member.cleared |= suspicion.accusers
         self._end_suspicion(member)
         member.state, member.since = State.ALIVE, now

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from random import Random
 
 from gossip.config import GossipConfig
-from gossip.membership import Me, Member, Membership
+from gossip.member import Me, Member
+from gossip.membership import Membership
 from gossip.messages import Ack, Address, Nack, Part, Ping, PingReq, State
 from gossip.timers import Timers
 
@@ -31,6 +32,8 @@ class Probe:
 
     seq: int
     member: Member
+    # Of the member when it began: what is found says nothing about a later life of it.
+    life: tuple[int, int]
     started: float
     burst: bool
     void: bool = False
@@ -100,10 +103,14 @@ class Prober:
     # -- probes ---------------------------------------------------------------------------------------------------
 
     def _new(self, member: Member, now: float, *, burst: bool) -> Probe:
-        self._seq = (self._seq + 1) & 0xFFFFFFFF
-        probe = Probe(self._seq, member, now, burst)
+        probe = Probe(self._next_seq(), member, (member.boot, member.incarnation), now, burst)
         self._probes[probe.seq] = probe
         return probe
+
+    def _next_seq(self) -> int:
+        """Of probes and relayed pings alike, so that no answer is taken for another's; 0 is for those that want none."""
+        self._seq = self._seq % 0xFFFFFFFF + 1
+        return self._seq
 
     def _probe(self, member: Member, now: float) -> None:
         self.counters["probes"] += 1
@@ -131,6 +138,10 @@ class Prober:
     def _ping_part(self, probe: Probe, now: float) -> Ping:
         return Ping(probe.seq, probe.member.id, self._round_now(now))
 
+    def hello(self, target: int, now: float) -> Ping:
+        """Whoever answers it is there; no probe waits for it. target 0: whoever that is."""
+        return Ping(0, target, self._round_now(now))
+
     def _ping(self, probe: Probe, now: float) -> None:
         probe.pings += 1
         member = probe.member
@@ -152,8 +163,13 @@ class Prober:
         if 2 * probe.nacks < probe.relays or not probe.relays:
             # Our relays were silent, too: perhaps it is us.
             self._me.health = min(self._me.health + 1, self._config.health_max)
-        if not self._me.leaving and self.table.members.get(probe.member.id) is probe.member:
-            self.table.accuse(probe.member, now)
+        member = probe.member
+        if (
+            not self._me.leaving
+            and self.table.members.get(member.id) is member
+            and probe.life[0] == member.boot
+        ):
+            self.table.accuse(member, now)
 
     def _finish(self, probe: Probe, now: float) -> None:
         if not probe.finished:
@@ -169,7 +185,8 @@ class Prober:
 
     def burst(self, member: Member, now: float) -> None:
         """Find out at once: pings, each through relays as well, and TCP. Ends in `vouch` or `burst_failed`."""
-        if member.id in self._bursting:
+        running = self._bursting.get(member.id)
+        if running is not None and running.life == (member.boot, member.incarnation):
             return
         self.counters["bursts"] += 1
         probe = self._new(member, now, burst=True)
@@ -185,8 +202,13 @@ class Prober:
         if step == len(times):
             self._end_burst(probe, now)
             self.counters["failed_bursts"] += 1
-            if self.table.members.get(probe.member.id) is probe.member:
-                self.table.burst_failed(probe.member, now, refused=probe.refused)
+            member = probe.member
+            # It has spoken since, if its life is another.
+            if self.table.members.get(member.id) is member and probe.life == (
+                member.boot,
+                member.incarnation,
+            ):
+                self.table.burst_failed(member, now, refused=probe.refused)
             return
         self._ping(probe, now)
         self._ask_relays(probe, now)
@@ -221,7 +243,7 @@ class Prober:
             return
         probe.answered = True
         member = probe.member
-        if self.table.members.get(member.id) is not member:
+        if self.table.members.get(member.id) is not member or probe.life[0] != member.boot:
             return
         if sender == member.id and probe.pings == 1 and not probe.burst:
             rtt = now - probe.started
@@ -229,7 +251,9 @@ class Prober:
         if not probe.void and not probe.burst and self._me.health and not probe.finished:
             self._me.health -= 1
         self.table.vouch(member, now)
-        if not probe.burst:
+        if probe.burst:
+            self._end_burst(probe, now)
+        else:
             self._finish(probe, now)
 
     def on_nack(self, nack: Nack) -> None:
@@ -240,14 +264,14 @@ class Prober:
     def on_ping_req(self, request: PingReq, source: Address, now: float) -> None:
         if len(self._relayed) >= RELAYED_MAX or self._me.leaving:
             return
-        self._seq = (self._seq + 1) & 0xFFFFFFFF
-        self._relayed[self._seq] = (source, request.seq)
-        parts: list[Part] = [Ping(self._seq, request.target, self._round_now(now))]
+        seq = self._next_seq()
+        self._relayed[seq] = (source, request.seq)
+        parts: list[Part] = [Ping(seq, request.target, self._round_now(now))]
         member = self.table.members.get(request.target)
         if member is not None and member.state is not State.ALIVE:
             parts.append(member.claim(self._me.id))
         self._send(request.address, parts, False, now)
-        self._timers.at(now + NACK_AFTER, self._nack, self._seq)
+        self._timers.at(now + NACK_AFTER, self._nack, seq)
 
     def _nack(self, seq: int, now: float) -> None:
         relayed = self._relayed.pop(seq, None)
@@ -261,7 +285,11 @@ class Prober:
         for probe in list(self._probes.values()):
             if probe.member.address == address and not probe.answered and not probe.void:
                 probe.refused = True
-                if not probe.burst and not probe.finished and probe.member.state is not State.DOWN:
+                if (
+                    not probe.burst
+                    and not probe.finished
+                    and probe.member.state in (State.ALIVE, State.SUSPECT)
+                ):
                     self.burst(probe.member, now)
 
     def doubt_ourselves(self, now: float) -> None:

@@ -14,17 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from gossip.buckets import COUNT, ItemTable, Ref
+from gossip.buckets import COUNT, ItemTable, Ref, item_of
 from gossip.codec import PARTS_BYTES_MAX, size_of
 from gossip.config import GossipConfig
 from gossip.facts import Facts
-from gossip.membership import Me, Member, Membership
+from gossip.member import Me, Member
+from gossip.membership import Membership
 from gossip.messages import Address, Buckets, Digest, Join, Part, Root, State, Want
 from gossip.timers import Timers
 
 # Beyond so many packets an exchange goes over TCP.
 PACKETS_MAX = 4
 WANT_MAX = 100
+# What came before its claim is asked for together with the claim, at most so often.
+ASK_AFTER_S = 0.05
 
 
 class Repair:
@@ -46,6 +49,8 @@ class Repair:
         self._config, self._me = config, me
         self._items, self._facts, self._table = items, facts, table
         self._timers, self._random, self._pick, self._send = timers, random, pick, send
+        # A dict for its order.
+        self._missing: dict[int, None] = {}
         self.counters = {"repairs": 0, "repaired": 0}
 
     def start(self, now: float) -> None:
@@ -64,6 +69,19 @@ class Repair:
     def own_parts(self) -> list[Part]:
         """Everything about this node itself."""
         return self._parts([ref for ref in self._items.everything() if ref.origin == self._me.id])
+
+    def ask(self, ref: Ref, source: Address, now: float) -> None:
+        """A fact came before the claim that it needs: whoever told it knows both. What is too much waits for a round."""
+        if not self._missing:
+            self._timers.at(now + ASK_AFTER_S, self._ask, source)
+        if len(self._missing) < WANT_MAX:
+            self._missing[item_of(Ref("c", ref.origin))] = None
+            self._missing[item_of(ref)] = None
+
+    def _ask(self, source: Address, now: float) -> None:
+        wanted = tuple(self._missing)
+        self._missing.clear()
+        self._send(source, [Want(wanted)], False, now)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ def _samples(rng: random.Random) -> list[bytes]:
         [Ping(9, id(), 3), Claim(id(), 3, 1, State.SUSPECT, v4, id())],
         [Ack(9), Claim(id(), 300, 70_000, State.ALIVE, v6, id()), Hot(id(), 3, 1_000, rng.randbytes(20))],
         [PingReq(1, id(), v4), PingReq(2, id(), v6)],
-        [Fact(id(), 1, 1 << 40, b"name", b"node-1"), Fact(id(), 1, 2, b"zone", rng.randbytes(200))],
+        [Fact(id(), 1, 1 << 31, b"name", b"node-1"), Fact(id(), 1, 2, b"zone", rng.randbytes(200))],
         [Digest(3, tuple((id(), rng.getrandbits(50)) for _ in range(6)))],
         [Want(tuple(id() for _ in range(5))), Join()],
         [Buckets(tuple(rng.getrandbits(32) for _ in range(64)))],

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
-from gossip.codec import SEAL_BYTES, encode, size_of
+from gossip.codec import SEAL_BYTES, STREAM_PARTS_BYTES_MAX, encode, size_of, split
 from gossip.config import PACKET_BYTES_MAX, GossipConfig
 from gossip.decoder import decode
 from gossip.effects import Event, Send, Superseded
@@ -275,7 +275,14 @@ class Cluster:
             self._fail_later(host, send.address, delay, refused=True)
         else:
             source = Address(f"stream-{host.id}", host.index)
-            self._push(self.now + delay, "packet", (target, host.id, host.boot, source, send.parts))
+            parts = send.parts
+            if self._through_codec:
+                packets = split(parts, STREAM_PARTS_BYTES_MAX)
+                parts = tuple(
+                    part for some in packets for part in decode(encode(host.id, host.boot, some)).parts
+                )
+                assert parts == send.parts
+            self._push(self.now + delay, "packet", (target, host.id, host.boot, source, parts))
 
     def _recoded(self, host: Host, parts: Sequence[Part]) -> tuple[Part, ...]:
         plain = encode(host.id, host.boot, parts)

@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 from hypothesis import strategies as st
 
 from gossip.codec import BUCKETS
+from gossip.config import COUNTER_MAX, INCARNATION_MAX
 from gossip.messages import (
     Ack,
     Address,
@@ -27,6 +28,8 @@ from gossip.messages import (
 
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 64) - 1)
+INCARNATIONS = st.integers(0, INCARNATION_MAX)
+COUNTERS = st.integers(0, COUNTER_MAX)
 IDS = st.integers(1, (1 << 64) - 1)
 HOSTS = st.one_of(
     st.ip_addresses(v=4).filter(lambda ip: not ip.is_unspecified),
@@ -44,9 +47,9 @@ PARTS: st.SearchStrategy[Part] = st.one_of(
     st.builds(Ack, U32),
     st.builds(PingReq, U32, U64, ADDRESSES),
     st.builds(Nack, U32),
-    st.builds(Claim, IDS, U32, U32, st.sampled_from(State), ADDRESSES, U64),
-    st.builds(Fact, IDS, U32, U64, st.binary(max_size=64), st.binary(max_size=1_000)),
-    st.builds(Hot, IDS, U32, U64, st.binary(max_size=255)),
+    st.builds(Claim, IDS, U32, INCARNATIONS, st.sampled_from(State), ADDRESSES, U64),
+    st.builds(Fact, IDS, U32, COUNTERS, st.binary(max_size=64), st.binary(max_size=1_000)),
+    st.builds(Hot, IDS, U32, COUNTERS, st.binary(max_size=255)),
     st.builds(Root, U64),
     st.builds(Buckets, st.tuples(*[U32] * BUCKETS)),
     st.builds(Digest, U64, st.lists(st.tuples(U64, U64), max_size=20).map(tuple)),

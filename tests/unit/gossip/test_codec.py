@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gossip.codec import PARTS_BYTES_MAX, PARTS_MAX, STREAM_PACKET_BYTES_MAX, encode, size_of
+from gossip.config import COUNTER_MAX, INCARNATION_MAX
 from gossip.decoder import decode
 from gossip.errors import CodecError, DropReason
 from gossip.messages import Ack, Address, Claim, Digest, Fact, Join, Part, Ping, PingReq, State
@@ -85,6 +86,13 @@ def test_numbers_out_of_range() -> None:
     claim = encode(7, 1, [Claim(5, 1, 1, State.LEFT, Address("10.0.0.1", 1), 6)])
     state = len(HEAD) + 2 + 8 + 2
     assert refusal(claim[:state] + b"\x04" + claim[state + 1 :]) == "malformed"
+    last = encode(7, 1, [Claim(5, 1, INCARNATION_MAX, State.ALIVE, Address("10.0.0.1", 1), 6)])
+    at = len(HEAD) + 2 + 8 + 1
+    assert last[at : at + 5] == b"\xff\xff\xff\xff\x03"
+    assert refusal(last[: at + 4] + b"\x04" + last[at + 5 :]) == "malformed", "incarnation 2^30"
+    fact = encode(7, 1, [Fact(5, 1, COUNTER_MAX, b"", b"")])
+    assert fact[-6:] == b"\xff\xff\xff\xff\x0f\0"
+    assert refusal(fact[:-2] + b"\x10\0") == "malformed", "counter 2^32"
     most = encode(7, 1, [Digest(1, ((1, (1 << 64) - 1),))])
     assert refusal(most[:-1] + b"\x02") == "malformed", "version 2^65"
 
@@ -102,4 +110,4 @@ def test_a_ping_is_64_bytes_and_a_claim_rides_for_28() -> None:
     assert size_of(Claim(5, 1, 0, State.ALIVE, Address("::1", 7402), 5)) == 40
     assert size_of(Join()) == 2
     # The largest fact fits into a packet.
-    assert size_of(Fact(1, (1 << 32) - 1, (1 << 64) - 1, bytes(64), bytes(1_000))) <= PARTS_BYTES_MAX
+    assert size_of(Fact(1, (1 << 32) - 1, COUNTER_MAX, bytes(64), bytes(1_000))) <= PARTS_BYTES_MAX
