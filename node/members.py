@@ -9,7 +9,7 @@ import structlog
 import trio
 
 from gossip.effects import Event
-from gossip.machine import MemberView
+from gossip.member import MemberView
 from gossip.messages import State
 from node import facts
 from node.config import Address

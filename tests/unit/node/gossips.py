@@ -8,7 +8,7 @@ from typing import Any
 import trio
 
 from gossip.effects import Event, EventKind
-from gossip.machine import MemberView
+from gossip.member import MemberView
 from gossip.messages import Address, State
 
 
