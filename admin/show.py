@@ -155,7 +155,8 @@ def load_bar(title: str, total: int | None) -> Iterator[Callable[[LoadProgress],
         TimeRemainingColumn(),
         TextColumn("[yellow]{task.fields[note]}"),
     )
-    with Progress(*columns, console=err) as bar:
+    # Into a file or a pipe a bar would only be noise between the lines that count.
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task(title, total=total, note="")
 
         def changed(progress: LoadProgress) -> None:
