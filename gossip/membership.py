@@ -293,7 +293,8 @@ class Membership:
         if suspicion is None:
             return
         suspicion.burst_failed_at = now
-        if refused or now >= suspicion.deadline:
+        # Hearsay: somebody has declared it dead already, and now we have evidence of our own.
+        if refused or suspicion.hearsay or now >= suspicion.deadline:
             self.declare(member, now)
 
     def declare(self, member: Member, now: float) -> None:

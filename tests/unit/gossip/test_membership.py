@@ -122,6 +122,16 @@ def test_hearsay_that_is_not_refuted_is_for_our_own_burst_to_decide() -> None:
     assert kinds(one.run(0.6), X) == ["down"]
 
 
+def test_hearsay_while_our_own_burst_runs_ends_with_the_burst() -> None:
+    """As when a process is killed: all have lost their links to it, and one of them is first to be sure."""
+    one = One(20, X, A, B)
+    one.machine.on_link_lost(X, one.now)
+    one.run(0.2)
+    one.tell(said(DOWN, X, A))
+    assert one.state(X) is SUSPECT
+    assert kinds(one.run(0.3), X) == ["down"]
+
+
 def test_hearsay_and_an_accusation_make_a_suspicion_that_is_passed_on() -> None:
     one = One(20, X, A, B)
     one.tell(said(DOWN, X, A))
