@@ -120,6 +120,7 @@ class _Candidacy:
     released: int
     asking: bool = True
     yes: set[str] = field(default_factory=set)
+    forced: bool = False
 
 
 class Election:
@@ -135,9 +136,14 @@ class Election:
         last: Callable[[], Version],
         random: Random,
         now: float,
+        founding: bool = False,
+        owes: bool = True,
     ) -> None:
+        """founding: no log of this shard has a placement yet, so the first epoch takes the promises of *all* its voters: one
+        whose disk was replaced looks just the same. owes: this replica may have promised something before it started."""
         self._config, self.name, self._random, self._last = config, name, random, last
         self.voters = tuple(voters)
+        self._founding = founding
         self.role = Role.FOLLOWER
         self.promised = promised
         # The highest epoch heard of; a new one goes above it.
@@ -146,8 +152,8 @@ class Election:
         # The epoch that we lead, or whose primary we follow.
         self.epoch = 0
         # Until when we promise nothing, and to the primary of which epoch that is owed (0: our own start).
-        self._bound_until, self._bound_epoch = now + config.lease_s, 0
-        self._stand_at = now + config.lease_s + self._patience()
+        self._bound_until, self._bound_epoch = now + (config.lease_s if owes else 0.0), 0
+        self._stand_at = self._bound_until + self._patience()
         self._persisting: int = 0
         # Who is told when the promise is on disk.
         self._promise_to: str | None = None
@@ -155,7 +161,9 @@ class Election:
         self._leads_since = now
         # As primary: the newest stamp of ours that each voter has echoed.
         self._echoed: dict[str, float] = {}
+        self._lease_until = -math.inf
         self._resigned = False
+        self._measure_lease()
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -177,13 +185,27 @@ class Election:
         least = max(self.promised, self._persisting, self._last().epoch)
         return epoch >= least and self.role is not Role.PRIMARY
 
+    @property
+    def majority(self) -> int:
+        """How many voters' promises open an epoch."""
+        return len(self.voters) if self._founding else len(self.voters) // 2 + 1
+
+    def configure(self, voters: Iterable[str], *, founding: bool = False) -> None:
+        """The last placement in this replica's log names these voters."""
+        self.voters, self._founding = tuple(voters), founding
+        self._measure_lease()
+
     def _lease_ends(self) -> float:
+        return self._lease_until
+
+    def _measure_lease(self) -> None:
         """By our own clock: a majority's newest echo, our own being now."""
-        others = sorted((self._echoed.get(v, -math.inf) for v in self.voters if v != self.name), reverse=True)
         needed = len(self.voters) // 2 + 1 - (self.name in self.voters)
         if needed <= 0:
-            return math.inf
-        return others[needed - 1] + self._config.lease_use * self._config.lease_s
+            self._lease_until = math.inf
+            return
+        others = sorted((self._echoed.get(v, -math.inf) for v in self.voters if v != self.name), reverse=True)
+        self._lease_until = others[needed - 1] + self._config.lease_use * self._config.lease_s
 
     # -- time -------------------------------------------------------------------------------------------------------
 
@@ -231,16 +253,26 @@ class Election:
         candidacy = self._candidacy
         if candidacy is not None and candidacy.epoch == epoch:
             candidacy.yes.add(self.name)
+            if candidacy.forced:
+                return self._count(now)
             return self._tell_others(Stand(epoch, self._last(), candidacy.released)) + self._count(now)
         if self._promise_to is not None:
             to, self._promise_to = self._promise_to, None
             return [Tell(to, Promise(epoch))]
         return []
 
+    def on_persist_failed(self, epoch: int, now: float) -> None:
+        """That promise could not be written: it was not given."""
+        if epoch == self._persisting:
+            self._persisting, self._promise_to = 0, None
+            if self.role is Role.CANDIDATE:
+                self.role, self._candidacy = Role.FOLLOWER, None
+            self._stand_at = now + self._config.lease_s + self._patience()
+
     def _count(self, now: float) -> list[Effect]:
         candidacy = self._candidacy
         assert candidacy is not None
-        if len(candidacy.yes & set(self.voters)) <= len(self.voters) // 2:
+        if len(candidacy.yes & set(self.voters)) < self.majority and not candidacy.forced:
             return []
         if candidacy.asking:
             candidacy.asking, candidacy.yes = False, set()
@@ -250,6 +282,7 @@ class Election:
         self._candidacy = None
         self._resigned = False
         self._leads_since, self._echoed = now, {}
+        self._measure_lease()
         return [Lead(self.epoch)]
 
     # -- messages ---------------------------------------------------------------------------------------------------
@@ -286,7 +319,7 @@ class Election:
         return effects + self._persist(stand.epoch)
 
     def _why_not(self, stand: Stand | Ask, now: float) -> Refuse | None:
-        promised = max(self.promised, self._persisting)
+        promised = max(self.promised, self._persisting, self._last().epoch)
         if self.name not in self.voters:
             return Refuse(stand.epoch, promised, "learner")
         if stand.epoch <= promised:
@@ -334,6 +367,7 @@ class Election:
     def on_echo(self, voter: str, stamp: float) -> None:
         """As primary: a voter's pull, in our epoch, carried this stamp of ours back."""
         self._echoed[voter] = max(stamp, self._echoed.get(voter, -math.inf))
+        self._measure_lease()
 
     def on_higher_epoch(self, epoch: int, now: float) -> list[Effect]:
         """Somebody speaks of an epoch above ours. If its candidate has failed, only a still higher epoch brings everybody
@@ -348,9 +382,30 @@ class Election:
         epoch = self.epoch
         self.role, self.primary, self._candidacy = Role.FOLLOWER, None, None
         self._echoed = {}
+        self._measure_lease()
         self._resigned = False
         self._stand_at = now + self._config.lease_s + self._patience()
         return [StepDown(epoch, reason)]
+
+    def give_up(self, reason: str, now: float) -> list[Effect]:
+        """As primary: this replica cannot write (its disk is full, say); let another stand."""
+        return self._step_down(reason, now) if self.role is Role.PRIMARY else []
+
+    def renew(self, now: float) -> list[Effect]:
+        """As primary: stand again above our own epoch, with our lease given up, to open one under a new placement."""
+        if self.role is not Role.PRIMARY:
+            return []
+        released = self.epoch
+        return self._step_down("its placement changes", now) + self._stand(now, released)
+
+    def force(self, epoch: int, now: float) -> list[Effect]:
+        """Open `epoch` without anybody's promise but our own. What that can lose, docs/ownership.md says."""
+        effects = self._step_down("forced elsewhere", now) if self.role is Role.PRIMARY else []
+        self.role, self.primary = Role.CANDIDATE, None
+        self._candidacy = _Candidacy(epoch, 0, asking=False, forced=True)
+        self.seen = max(self.seen, epoch)
+        self._stand_at = now + self._config.lease_s
+        return [*effects, *self._persist(epoch)]
 
     # -- handing over -----------------------------------------------------------------------------------------------
 
@@ -358,6 +413,10 @@ class Election:
         """No write is begun or acknowledged any more, so that the successor's log can become whole."""
         assert self.role is Role.PRIMARY
         self._resigned = True
+
+    def resume(self) -> None:
+        """The successor did not come level: write on."""
+        self._resigned = False
 
     def hand_over(self, to: str, now: float) -> list[Effect]:
         """The successor has everything: it may stand at once. Only after `resign`."""

@@ -33,7 +33,7 @@ class LocalNode:
         lane: SearchLane,
         shard_count: int,
     ) -> None:
-        """followers: of the shards that this node is not the primary of; read at each answer, so may be filled later."""
+        """followers: of all shards; read at each answer, so may be filled later."""
         self._shards = shards
         self._followers = followers
         self._lane = lane
@@ -160,5 +160,6 @@ class LocalNode:
         except OverloadedError as error:
             return WriteReply(ask.shard, 0, 0, ("overloaded", str(error), RETRY_AFTER_MS))
         except NodeError as error:
-            return WriteReply(ask.shard, 0, 0, (error.code, error.message, error.retry_after_ms))
+            hint = actor.hint[1] if error.code == "no_primary" else ""
+            return WriteReply(ask.shard, 0, 0, (error.code, error.message, error.retry_after_ms), hint)
         return WriteReply(ask.shard, version.epoch, version.sequence, None)

@@ -6,9 +6,9 @@ Bodies are msgpack lists, in this order:
   get     [kind, [id…], session, time left ms] → [[[version, vector, classes, metadata] | nil | code …], age ms]
   score   [query FP16, [id…], metadata, session, time left ms] → [[[score, metadata] | nil | code …], age ms]
   write   [[shard, [[operation, kind, id, vector, classes, metadata]…], ack, write_id]…, time left ms]
-            → [[shard, epoch, sequence, error]…]
-  pull    [shard, [epoch, sequence, checksum] of the last record, max bytes, wait ms]
-            → [epoch, primary's last, lag ms, raw records]
+            → [[shard, epoch, sequence, error, primary]…]
+  pull    → node/pulls.py
+  offer   [shard, raw records of a tail, time left ms] → [[kind, id, version]…] of those that were put aside
   status  [] → this node's own part of `status`
 Time left travels, not wall clock. age ms: how old the oldest replica that answered may be (`Replicator.age_ms`).
 """
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from node.commit import OverloadedError
 from node.local import RETRY_AFTER_MS, LocalNode
 from node.peerlink import (
     PeerGoneError,
@@ -30,6 +31,7 @@ from node.peerlink import (
     PeerTooLargeError,
     RemoteError,
 )
+from node.pulls import NotPrimary, read_pull
 from node.shard import ShardActor
 from router.ports import (
     Answers,
@@ -44,11 +46,9 @@ from router.ports import (
 )
 from router.requests import Session
 from storage.errors import StorageError
-from storage.records import Fingerprint, Kind, Operation
+from storage.records import Kind, Operation, RecordError, split
 from storage.view import ClassConstraint
 
-PULL_BYTES_MAX = 4 << 20
-PULL_WAIT_MS_MAX = 5_000
 # A reply in flight may come a little after its own time limit; better late than asked again.
 GRACE_S = 0.02
 
@@ -116,7 +116,7 @@ class RemoteNode:
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         body = [[ask.shard, [tuple(change) for change in ask.changes], ask.ack, ask.write_id] for ask in asks]
         replies = await self._call("write", [body], timeout_s)
-        return [WriteReply(r[0], r[1], r[2], None if r[3] is None else tuple(r[3])) for r in replies]
+        return [WriteReply(r[0], r[1], r[2], None if r[3] is None else tuple(r[3]), r[4]) for r in replies]
 
 
 def handlers(
@@ -165,19 +165,30 @@ def handlers(
         )
 
     async def pull(peer: str, body: Any) -> Any:
-        shard, (epoch, sequence, check), max_bytes, wait_ms, _left_ms = body
-        actor = shards.get(shard)
-        if actor is None or not actor.primary:
-            raise RemoteError("no_primary", f"this node is not the primary of shard {shard}")
+        asked = read_pull(body)
+        actor = shards.get(asked.shard)
+        if actor is None:
+            return NotPrimary(0, "").body()
         try:
-            return await actor.serve_pull(
-                peer,
-                Fingerprint(epoch, sequence, check),
-                min(max_bytes, PULL_BYTES_MAX),
-                min(wait_ms, PULL_WAIT_MS_MAX) / 1000,
-            )
+            return (await actor.serve_pull(peer, asked)).body()
         except StorageError as error:
             raise RemoteError(error.code, str(error)) from error
+
+    async def offer(peer: str, body: Any) -> Any:
+        shard, data, left_ms = body
+        actor = shards.get(shard)
+        if actor is None:
+            raise RemoteError("no_primary", f"shard {shard} is not on this node")
+        try:
+            _, offered = split(data)
+            aside = await actor.offer(offered, left_ms / 1000)
+        except RecordError as error:
+            raise RemoteError("bad_request", f"an offered record is damaged: {error}") from error
+        except OverloadedError as error:
+            raise RemoteError("overloaded", str(error), RETRY_AFTER_MS) from error
+        except StorageError as error:
+            raise RemoteError(error.code, str(error)) from error
+        return [[int(one.kind), one.id, one.version] for one in aside]
 
     async def tell_status(peer: str, body: Any) -> Any:
         return status()
@@ -188,6 +199,7 @@ def handlers(
         "score": _coded(score),
         "write": _coded(write),
         "pull": _coded(pull),
+        "offer": _coded(offer),
         "status": _coded(tell_status),
     }
 

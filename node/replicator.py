@@ -1,35 +1,43 @@
-"""The pull stream: one loop per shard that this node follows. The shell of node/replication.py."""
+"""The pull stream: one loop per replica of this node. It rests while we lead, and follows whoever leads. The shell of
+node/replication.py and node/fork.py."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
+from typing import Any, NoReturn
 
 import structlog
 import trio
 
 from node import replication
-from node.peerlink import PeerGoneError, PeerLink, PeerTimeoutError, RemoteError
+from node.peerlink import PeerGoneError, PeerTimeoutError, RemoteError
+from node.pulls import Forked, NotPrimary, Pull, Streamed, read_answer
 from node.shard import ShardActor
-from storage import records
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError
-from storage.records import EMPTY, HEADER, Record, RecordError
+from storage.records import EMPTY, RecordError, split
 
 log = structlog.get_logger(__name__)
 
 PULL_BYTES = 1 << 20
-WAIT_MS = 1_000
-CALL_S = 5.0
-BACKOFF_S = (0.1, 2.0)
+# A third of a lease: each answer carries a stamp, and each pull an echo, by which the primary's lease lives.
+WAIT_MS = 500
+CALL_S = 2.0
+BACKOFF_S = (0.02, 0.5)
+# While nobody is known to lead, voters are asked in turn.
+ASK_AROUND_S = 0.2
 
 
 class Replicator:
     """Follows one shard's primary. An actor: `run` never returns unless the logs have diverged."""
 
-    def __init__(self, actor: ShardActor, link: PeerLink, random: Random) -> None:
+    def __init__(self, actor: ShardActor, links: Mapping[str, Any], random: Random) -> None:
+        """links: by node name; those that are missing cannot be reached."""
         self._actor = actor
-        self._link = link
+        self._links = links
         self._random = random
         self._failures = 0
+        self._turn = 0
         self.state = "starting"
         self.behind = 0
         self.lag_ms = 0
@@ -37,102 +45,158 @@ class Replicator:
         self._old_ms = int(actor.idle_s() * 1000)
         self._heard = trio.current_time()
         self._named = EMPTY  # our last record as pulls name it; the disk is asked once after a start
+        # The newest stamp of the primary that we follow, and in which epoch it was sent.
+        self._echo: tuple[int, float] | None = None
 
     @property
     def age_ms(self) -> int:
         """How old this replica's data may be: its lag when it last heard the primary, and the time since."""
+        if self._actor.leads:
+            return 0
         return self._old_ms + int((trio.current_time() - self._heard) * 1000)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         task_status.started()
-        shard = self._actor.shard
+        actor = self._actor
         while True:
+            if actor.leads:
+                await self._rest()
+                continue
+            epoch, primary = actor.hint
+            if not primary or primary == actor.name:
+                primary = await self._somebody()
             try:
-                step = await self._pull()
+                await self._pull(primary)
             except (PeerGoneError, PeerTimeoutError):
                 self.state = "primary silent"
                 await self._back_off()
-                continue
             except RemoteError as error:
-                self.state = f"refused: {error.code}"
-                log.warning("pull refused", shard=shard, code=error.code, reason=error.message)
+                if error.code == "diverged":
+                    await self._stop_for_good(primary, error.message)
+                self._say(f"refused: {error.code}", error.message)
                 await self._back_off()
-                continue
             except (DiskFullError, LogGoneError) as error:
-                self.state = f"stuck: {error.code}"
-                log.warning("cannot follow", shard=shard, code=error.code, reason=str(error))
+                self._say(f"stuck: {error.code}", str(error))
                 await self._back_off()
-                continue
-            if isinstance(step, replication.Diverged):
-                # Only a person can say which copy is right; pulling on would not help and writing would harm.
-                self.state = "diverged"
-                self._actor.diverged = True
-                log.error("diverged", shard=shard, primary=self._link.name, reason=step.reason)
-                await trio.sleep_forever()
-            if isinstance(step, replication.Refuse):
-                self.state = f"refused: {step.reason}"
-                log.warning("pull reply dropped", shard=shard, reason=step.reason)
-                await self._back_off()
-                continue
-            self.state = "following"
-            self._failures = 0
+
+    async def _rest(self) -> None:
+        self.state = "leading"
+        self.behind = self.lag_ms = self._old_ms = 0
+        self._echo = None
+        while self._actor.leads:
+            self._heard = trio.current_time()
+            await self._actor.changed()
+        self._heard = trio.current_time()
+
+    async def _somebody(self) -> str:
+        """A voter that may know more; waits a little for news first."""
+        self.state = "no primary"
+        hint = self._actor.hint
+        with trio.move_on_after(ASK_AROUND_S * (0.5 + self._random.random() / 2)):
+            while self._actor.hint == hint and not self._actor.leads:
+                await self._actor.changed()
+        epoch, primary = self._actor.hint
+        if primary and primary != self._actor.name:
+            return primary
+        others = [name for name in self._actor.placement.names if name != self._actor.name]
+        self._turn += 1
+        return others[self._turn % len(others)] if others else ""
+
+    async def _stop_for_good(self, primary: str, reason: str) -> NoReturn:
+        # Only a person can say which copy is right; pulling on would not help and writing would harm.
+        self.state = "diverged"
+        self._actor.diverged = True
+        log.error("diverged", shard=self._actor.shard, primary=primary, reason=reason)
+        await trio.sleep_forever()
+
+    def _say(self, state: str, reason: str) -> None:
+        if state != self.state:
+            log.warning("cannot follow", shard=self._actor.shard, state=state, reason=reason)
+        self.state = state
 
     async def _back_off(self) -> None:
         low, high = BACKOFF_S
         limit = min(high, low * 2 ** min(self._failures, 10))
         self._failures += 1
-        await trio.sleep(limit * (0.5 + self._random.random() / 2))
+        # News of another primary end the wait.
+        hint = self._actor.hint
+        with trio.move_on_after(limit * (0.5 + self._random.random() / 2)):
+            while self._actor.hint == hint:
+                await self._actor.changed()
 
-    async def _pull(self) -> replication.Step:
+    async def _pull(self, primary: str) -> None:
+        actor, election = self._actor, self._actor.election
+        try:
+            link = self._links[primary]
+        except KeyError:
+            raise PeerGoneError(primary, "there is no link to it yet", sent=False) from None
+        last = actor.replica.position
+        if self._named.sequence != last.sequence or self._named.epoch != last.epoch:
+            self._named = actor.replica.fingerprint(last.sequence)
+        named = self._named
+        # Until the first answer we do not know whether we are level, so that one must not wait for news.
+        echo = self._echo[1] if self._echo is not None and self._echo[0] == election.epoch else None
+        pull = Pull(
+            actor.shard,
+            actor.replica.replica_id,
+            election.epoch,
+            max(election.promised, last.epoch),
+            named,
+            echo,
+            PULL_BYTES,
+            WAIT_MS if echo is not None else 0,
+        )
+        try:
+            answer = read_answer(await link.call("pull", pull.body(), CALL_S))
+        except (TypeError, ValueError) as error:
+            raise RemoteError("bad_answer", f"{primary} sent what is no answer to a pull: {error}") from error
+        now = trio.current_time()
+        if isinstance(answer, NotPrimary):
+            self.state = "no primary"
+            actor.doubt(actor.hint[0] if actor.hint[1] == primary else 0)
+            if answer.primary:
+                actor.hear_of(answer.epoch, answer.primary)
+            await self._back_off()
+            return
+        if not election.takes(answer.epoch):
+            # Our next pull says which epochs we take; its primary must stand above them.
+            self.state = "waiting for a higher epoch"
+            await self._back_off()
+            return
+        actor.act(actor, election.on_stream(primary, answer.epoch, now))
+        actor.hear_of(answer.epoch, primary)
+        self._echo = (answer.epoch, answer.stamp)
+        self._failures = 0
+        if isinstance(answer, Forked):
+            await actor.cut(answer.epoch, answer.fork.at, last)
+            return
+        await self._take(answer, now)
+
+    async def _take(self, answer: Streamed, heard: float) -> None:
         actor = self._actor
         last = actor.replica.position
-        if self._named.sequence != last.sequence:
-            self._named = actor.replica.fingerprint(last.sequence)
-        # Until the first answer we do not know whether we are level, so that one must not wait for news.
-        wait_ms = WAIT_MS if self.state == "following" else 0
         try:
-            epoch, primary_last, lag_ms, data = await self._link.call(
-                "pull", [actor.shard, self._named, PULL_BYTES, wait_ms, int(CALL_S * 1000)], CALL_S
-            )
-        except RemoteError as error:
-            if error.code == "diverged":
-                return replication.Diverged(error.message)
-            raise
-        heard = trio.current_time()
-        try:
-            blobs, batch = _split(data)
+            blobs, batch = split(answer.records)
         except RecordError as error:
-            return replication.Refuse(f"a streamed record is damaged: {error}")
-        step = replication.on_pull_reply(
-            epoch=actor.epoch,
-            last=last,
-            reply_epoch=epoch,
-            primary_last=primary_last,
-            first=batch[0].sequence if batch else None,
-            count=len(batch),
+            self._say("refused: damaged", f"a streamed record is damaged: {error}")
+            await self._back_off()
+            return
+        first = batch[0].sequence if batch else None
+        step = replication.on_stream(
+            last=last, primary_last=answer.primary_last, first=first, count=len(batch)
         )
+        if isinstance(step, replication.Refuse):
+            self._say("refused: stream", step.reason)
+            await self._back_off()
+            return
         if isinstance(step, replication.Take):
             try:
-                await actor.follow(blobs, batch)
+                if not await actor.follow(answer.epoch, blobs, batch):
+                    return
             except ReplicaStoppedError as error:
                 # Never again into the dark: the process stops, loudly, through the supervisor.
                 raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
-        if isinstance(step, (replication.Take, replication.PullAgain)):
-            self.behind = primary_last - actor.replica.position.sequence
-            self.lag_ms = self._old_ms = lag_ms if self.behind else 0
-            self._heard = heard
-        return step
-
-
-def _split(data: bytes) -> tuple[list[bytes], list[Record]]:
-    """The stream's records as bytes and as values, each verified."""
-    blobs: list[bytes] = []
-    batch: list[Record] = []
-    offset = 0
-    while offset < len(data):
-        record = records.decode(data, offset)
-        (length, *_) = HEADER.unpack_from(data, offset)
-        blobs.append(data[offset : offset + length])
-        batch.append(record)
-        offset += length
-    return blobs, batch
+        self.state = "following"
+        self.behind = max(0, answer.primary_last - actor.replica.position.sequence)
+        self.lag_ms = self._old_ms = answer.lag_ms if self.behind else 0
+        self._heard = heard

@@ -89,6 +89,8 @@ class WriteReply(NamedTuple):
     epoch: int
     sequence: int
     error: tuple[str, str, int | None] | None  # code, message, retry_after_ms
+    # With `no_primary`: the node that leads the shard, as far as the answerer knows.
+    primary: str = ""
 
 
 class NodeGoneError(Exception):
@@ -137,6 +139,9 @@ class Cluster(Protocol):
     def node(self, name: str) -> Node: ...
 
     def placement(self, shard: int) -> Placement: ...
+
+    def primary(self, shard: int) -> str:
+        """Who writes it, as far as this node knows; a guess when it has heard of nobody."""
 
     def alive(self, name: str) -> bool:
         """Whether it is worth a try."""

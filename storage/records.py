@@ -198,6 +198,19 @@ def decode(data: bytes | memoryview, offset: int = 0) -> Record:
     ))  # fmt: skip
 
 
+def split(data: bytes) -> tuple[list[bytes], list[Record]]:
+    """Records that follow each other, as bytes and as values, each verified. Raises RecordError."""
+    blobs: list[bytes] = []
+    batch: list[Record] = []
+    offset = 0
+    while offset < len(data):
+        batch.append(decode(data, offset))
+        length = int.from_bytes(data[offset : offset + 4], "little")
+        blobs.append(data[offset : offset + length])
+        offset += length
+    return blobs, batch
+
+
 def fingerprint(data: bytes) -> Fingerprint:
     """Of the record that `data`, which is known to be good, begins with."""
     epoch, sequence = _EPOCH_SEQUENCE.unpack_from(data, 16)

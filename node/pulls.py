@@ -1,0 +1,101 @@
+"""The bodies of a pull and of its answers, as they travel between nodes. Pure.
+
+pull    [shard, replica id, epoch that the asker follows, epoch below which it takes nothing, its last record [epoch, sequence,
+        checksum], echo | nil, max bytes, wait ms]
+answer  [STREAM, epoch, stamp, primary's last, lag ms, raw records]
+        [FORK, epoch, stamp, [epoch, sequence] at or before which the logs part]
+        [NOT_PRIMARY, epoch, name]   of the primary that the answerer knows, or 0 and ""
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from node.replication import Fork
+from storage.records import Fingerprint, Version
+
+STREAM, FORK, NOT_PRIMARY = 0, 1, 2
+BYTES_MAX = 4 << 20
+WAIT_MS_MAX = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """echo: the newest stamp of this epoch's primary that the asker has received, by that primary's clock; None for none."""
+
+    shard: int
+    replica: int
+    epoch: int
+    promised: int
+    named: Fingerprint
+    echo: float | None
+    max_bytes: int
+    wait_ms: int
+
+    def body(self) -> list[Any]:
+        return [
+            self.shard, self.replica, self.epoch, self.promised, self.named, self.echo, self.max_bytes, self.wait_ms,
+        ]  # fmt: skip
+
+
+def read_pull(body: Any) -> Pull:
+    """Raises TypeError, ValueError."""
+    shard, replica, epoch, promised, (at, sequence, check), echo, max_bytes, wait_ms = body
+    named = Fingerprint(int(at), int(sequence), int(check))
+    bounds = min(int(max_bytes), BYTES_MAX), min(int(wait_ms), WAIT_MS_MAX)
+    stamp = None if echo is None else float(echo)
+    return Pull(int(shard), int(replica), int(epoch), int(promised), named, stamp, *bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """records: raw, after the record that the pull named."""
+
+    epoch: int
+    stamp: float
+    primary_last: int
+    lag_ms: int
+    records: bytes
+
+    def body(self) -> list[Any]:
+        return [STREAM, self.epoch, self.stamp, self.primary_last, self.lag_ms, self.records]
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    epoch: int
+    stamp: float
+    fork: Fork
+
+    def body(self) -> list[Any]:
+        return [FORK, self.epoch, self.stamp, self.fork.at]
+
+
+@dataclass(frozen=True, slots=True)
+class NotPrimary:
+    """Who leads in which epoch, as far as the answerer knows."""
+
+    epoch: int
+    primary: str
+
+    def body(self) -> list[Any]:
+        return [NOT_PRIMARY, self.epoch, self.primary]
+
+
+Answer = Streamed | Forked | NotPrimary
+
+
+def read_answer(body: Any) -> Answer:
+    """Raises TypeError, ValueError."""
+    kind, epoch, *rest = body
+    if kind == STREAM:
+        stamp, last, lag_ms, records = rest
+        return Streamed(epoch, stamp, last, lag_ms, records)
+    if kind == FORK:
+        stamp, (at, sequence) = rest
+        return Forked(epoch, stamp, Fork(Version(at, sequence)))
+    if kind == NOT_PRIMARY:
+        (primary,) = rest
+        return NotPrimary(epoch, primary)
+    raise ValueError(f"an answer to a pull of kind {kind!r}")
