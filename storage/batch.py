@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from storage.records import Kind, Operation, Record, Version, make
+from storage.records import NO_WRITE_ID, Kind, Mark, Operation, Record, Version, make
 
 # One change, as a client wants it: operation, kind, id, vector, classes, metadata.
 Wanted = tuple[Operation, Kind, int, bytes, tuple[int, ...], bytes]
@@ -35,3 +35,7 @@ class Batch:
             self.records.append(record)
         self.sequence = sequence
         return self.records[-1].version
+
+    def add_mark(self, mark: Mark, metadata: bytes, write_id: bytes = NO_WRITE_ID) -> Version:
+        """Where a record about the shard itself stands."""
+        return self.add(((Operation.MARK, Kind.NONE, int(mark), b"", (), metadata),), write_id)

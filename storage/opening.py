@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from storage.config import StorageConfig
 from storage.disk import Log
+from storage.epochs import Epochs
 from storage.errors import DamagedError, ForeignDataError, StorageError
 from storage.files import fsync_directory
 from storage.records import Kind, Version
@@ -89,7 +91,9 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
         stack.callback(owner.close)
         table = Table.open(directory / "table")
         stack.callback(lambda: table.close(seal=False))
-        expected = TableState(node_id=node_id, shard=shard, dim=config.dim, metric=config.metric)
+        expected = TableState(
+            node_id=node_id, shard=shard, dim=config.dim, metric=config.metric, replica_id=new_replica_id()
+        )
         state = table.state()
         if state is None:
             state = _begin(directory, table, expected)
@@ -131,8 +135,8 @@ def with_state(
     spaces: Mapping[Kind, Space],
     *,
     position: Version,
-    epoch_starts: Mapping[int, int],
-    purge_floor: int,
+    epochs: Epochs,
+    purge_floor: Version,
     write_ids: int,
 ) -> TableState:
     """What a checkpoint made now would say of itself."""
@@ -141,10 +145,16 @@ def with_state(
         position=position,
         items=spaces[Kind.ITEM].state(),
         users=spaces[Kind.USER].state(),
-        epoch_starts=dict(epoch_starts),
+        epoch_starts=dict(epochs.starts),
+        placements=dict(epochs.placements),
         purge_floor=purge_floor,
         write_ids=write_ids,
     )
+
+
+def new_replica_id() -> int:
+    """Random, 63 bits, never 0."""
+    return 1 + secrets.randbelow((1 << 63) - 1)
 
 
 def index_directory(directory: Path, rowset: int) -> Path:

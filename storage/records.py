@@ -57,7 +57,15 @@ class Kind(IntEnum):
 class Operation(IntEnum):
     PUT = 1
     DELETE = 2
-    MARK = 3  # changes no row; reserved for epoch starts, purge floors, digest points
+    MARK = 3  # says something about the shard, of kind NONE; changes no row
+
+
+class Mark(IntEnum):
+    """What a MARK record is about: its `id`."""
+
+    EPOCH = 1  # the first record of an epoch; its metadata is the placement
+    PURGE = 2  # tombstones up to a version go; its metadata is that version, msgpack [epoch, sequence]
+    DIGEST = 3  # a point in the log at which replicas compare their digests
 
 
 class Version(NamedTuple):

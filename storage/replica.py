@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from storage.checkpoint import CheckpointJob
 from storage.compaction import CompactionJob
 from storage.config import StorageConfig
 from storage.disk import Log
+from storage.epochs import Epochs
 from storage.errors import DiskFullError, IndexingError, ReplicaStoppedError, StorageError
 from storage.index import make_engine
 from storage.index.base import Engine
@@ -47,7 +49,7 @@ class Replica:
         self._write_ids: WriteIds = parts.write_ids
         self._state: TableState = parts.state  # of the last checkpoint
         self.position: Version = parts.state.position
-        self.epoch_starts: dict[int, int] = dict(parts.state.epoch_starts)
+        self._epochs = Epochs(parts.state.epoch_starts, parts.state.placements)
         self.purge_floor = parts.state.purge_floor
         self._stopped: StorageError | None = None
         self._checkpoint: CheckpointJob | None = None
@@ -122,6 +124,37 @@ class Replica:
     def written(self, write_id: bytes) -> tuple[Version, int] | None:
         """The last version written under a client's write_id, and how many of its records the log has."""
         return self._write_ids.get(write_id)
+
+    @property
+    def epoch_starts(self) -> Mapping[int, int]:
+        """Epoch → the first sequence logged in it, of the epochs that the log reaches back to and the one before."""
+        return self._epochs.starts
+
+    @property
+    def placement(self) -> bytes:
+        """Metadata of the last EPOCH mark in the log, b"" when there is none."""
+        return self._epochs.placement
+
+    @property
+    def replica_id(self) -> int:
+        """Random, made with the directory: another one in a rebuilt replica and in a copy from a snapshot."""
+        return self._state.replica_id
+
+    def renew_replica_id(self) -> int:
+        """A new one, durable on return. Blocks; no checkpoint or compaction may be under way.
+
+        Raises DiskFullError (nothing has changed), ReplicaStoppedError.
+        """
+        self._check_running()
+        assert self._checkpoint is None, "no checkpoint beside a new replica id"
+        state = dataclasses.replace(self._state, replica_id=opening.new_replica_id())
+        try:
+            self._table.commit(state, {})
+        except ReplicaStoppedError as error:
+            self._stop(error)
+            raise
+        self._state = state
+        return state.replica_id
 
     @property
     def newest_ns(self) -> int:
@@ -383,6 +416,8 @@ class Replica:
             if len(mine):
                 space.file.ensure(space.rows + len(mine))
                 space.apply_columns(mine, self._table, write)
+        for mark in records.of(Kind.NONE).records():
+            self._epochs.mark(mark)
         head = records.headers
         self._write_ids.apply_columns(head)
         self._advance(head["epoch"].tolist(), head["sequence"].tolist())
@@ -401,16 +436,16 @@ class Replica:
         except StorageError as error:
             self._stop(error)
             raise
+        for record in records:
+            if record[6] is Kind.NONE:
+                self._epochs.mark(record)
         self._write_ids.apply(records)
         self._advance([record.epoch for record in records], [record.sequence for record in records])
         puts = sum(record[5] is Operation.PUT for record in records)
         self._pending_rows = max(0, self._pending_rows - puts)
 
     def _advance(self, epochs: Sequence[int], sequences: Sequence[int]) -> None:
-        if epochs[-1] != self.position.epoch:
-            for epoch, sequence in zip(epochs, sequences, strict=True):
-                if epoch > self.position.epoch:
-                    self.epoch_starts.setdefault(epoch, sequence)
+        self._epochs.advance(self.position.epoch, epochs, sequences)
         self.position = Version(epochs[-1], sequences[-1])
 
     def _publish(self) -> None:
@@ -426,8 +461,9 @@ class Replica:
         self.searchable = (self.view, self.engine)
 
     def _current_state(self) -> TableState:
+        self._epochs.prune(self._log.first_sequence)
         return opening.with_state(
-            self._state, self._spaces, position=self.position, epoch_starts=self.epoch_starts,
+            self._state, self._spaces, position=self.position, epochs=self._epochs,
             purge_floor=self.purge_floor, write_ids=self._write_ids.chunks,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from storage.config import StorageConfig
 from storage.disk import Log
 from storage.errors import DamagedError, ForeignDataError, FormatError, StorageError
 from storage.files import fsync_directory, write_atomically
-from storage.opening import index_directory
+from storage.opening import index_directory, new_replica_id
 from storage.records import Kind, Version
 from storage.table import Table
 from storage.vectors import RowFile, disk_error
@@ -61,7 +61,7 @@ def export(directory: Path, *, table: Table, files: Mapping[Kind, RowFile], inde
             "metric": state.metric,
             "position": list(state.position),
             "epoch_starts": {str(epoch): start for epoch, start in state.epoch_starts.items()},
-            "purge_floor": state.purge_floor,
+            "purge_floor": list(state.purge_floor),
             "rows": {"items": state.items.rows, "users": state.users.rows},
             "files": {name: _describe(directory / name) for name in _names(directory)},
         }
@@ -148,7 +148,7 @@ def _give_to(directory: Path, node_id: str) -> Version:
         state = table.state()
         if state is None:
             raise DamagedError(directory, None, "it has no state record")
-        table.commit(replace(state, node_id=node_id), {})
+        table.commit(replace(state, node_id=node_id, replica_id=new_replica_id()), {})
         return state.position
     finally:
         table.close(seal=False)

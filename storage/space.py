@@ -28,7 +28,7 @@ from storage.entries import (
 )
 from storage.errors import DamagedError, ForeignDataError
 from storage.records import HEADER_BYTES as RECORD_BYTES
-from storage.records import Kind, Operation, Record, decode
+from storage.records import Kind, Operation, Record
 from storage.table import KindState, Lookup, Table
 from storage.vectors import RowFile
 
@@ -200,9 +200,8 @@ class Space:
         ids: list[int] = head["id"].tolist()
         if len(set(ids)) < len(ids):
             # An id that comes twice depends on itself: rare in one batch, and left to the plain way.
-            data, starts = records.data, records.starts.tolist()
             with table.lookup(self.kind) as lookup:
-                self.apply([decode(data, start) for start in starts], lookup)
+                self.apply(records.records(), lookup)
             return
         taken, dead = self._newer(ids, records, table)
         put = taken & (head["operation"] == _PUT)

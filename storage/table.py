@@ -21,7 +21,7 @@ from storage.errors import DamagedError, DiskFullError, FormatError, ReplicaStop
 from storage.records import Kind, Version
 from storage.table_seal import check_seal, write_seal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAP_BYTES = 1 << 30
 _STATE_KEY = b"state"
 NOWHERE = Version(0, 0)
@@ -54,8 +54,12 @@ class TableState:
     users: KindState = KindState()
     # epoch → the first sequence logged in it
     epoch_starts: Mapping[int, int] = field(default_factory=dict)
-    purge_floor: int = 0
+    # sequence of an EPOCH mark → its metadata
+    placements: Mapping[int, bytes] = field(default_factory=dict)
+    purge_floor: Version = NOWHERE
     write_ids: int = 0
+    # Names this copy of the shard's data: another one when it was made anew or came from a snapshot.
+    replica_id: int = 0
 
     def of(self, kind: Kind) -> KindState:
         return self.items if kind is Kind.ITEM else self.users
@@ -324,7 +328,9 @@ def _pairs(entries: Mapping[int, bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def _encode_state(state: TableState) -> bytes:
-    text = json.dumps({"format": FORMAT_VERSION} | asdict(state), sort_keys=True).encode()
+    fields = {"format": FORMAT_VERSION} | asdict(state)
+    fields["placements"] = {at: placement.hex() for at, placement in state.placements.items()}
+    text = json.dumps(fields, sort_keys=True).encode()
     return xxh3_64_intdigest(text).to_bytes(8, "little") + text
 
 
@@ -338,6 +344,8 @@ def _decode_state(path: Path, raw: bytes) -> TableState:
     fields["position"] = Version(*fields["position"])
     fields["items"], fields["users"] = KindState(**fields["items"]), KindState(**fields["users"])
     fields["epoch_starts"] = {int(epoch): start for epoch, start in fields["epoch_starts"].items()}
+    fields["placements"] = {int(at): bytes.fromhex(text) for at, text in fields["placements"].items()}
+    fields["purge_floor"] = Version(*fields["purge_floor"])
     return TableState(**fields)
 
 

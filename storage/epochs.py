@@ -1,0 +1,47 @@
+"""Where each epoch of a log begins, and which placements its EPOCH marks tell (docs/ownership.md). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from storage.records import Mark, Operation, Record
+
+
+class Epochs:
+    """Follows a log forwards, and back when its tail is cut; forgets what no cut can reach any more."""
+
+    def __init__(self, starts: Mapping[int, int], placements: Mapping[int, bytes]) -> None:
+        # epoch → the first sequence logged in it, ascending
+        self.starts = dict(sorted(starts.items()))
+        # sequence of an EPOCH mark → its metadata, ascending
+        self.placements = dict(sorted(placements.items()))
+
+    @property
+    def placement(self) -> bytes:
+        """Of the log's last EPOCH mark, b"" when it has none."""
+        return next(reversed(self.placements.values()), b"")
+
+    def advance(self, after: int, epochs: Sequence[int], sequences: Sequence[int]) -> None:
+        """Records have followed one of epoch `after`."""
+        if epochs[-1] != after:
+            for epoch, sequence in zip(epochs, sequences, strict=True):
+                if epoch > after:
+                    self.starts.setdefault(epoch, sequence)
+
+    def mark(self, record: Record) -> None:
+        """Takes an EPOCH mark; other records say nothing of placements."""
+        if record.operation is Operation.MARK and record.id == Mark.EPOCH:
+            self.placements[record.sequence] = record.metadata
+
+    def cut(self, last: int) -> None:
+        """The log ends at sequence `last`."""
+        self.starts = {epoch: first for epoch, first in self.starts.items() if first <= last}
+        self.placements = {at: placement for at, placement in self.placements.items() if at <= last}
+
+    def prune(self, first: int) -> None:
+        """The log begins at sequence `first`: of the epochs and marks that ended before it only the newest are kept."""
+        started = [epoch for epoch, start in self.starts.items() if start <= first]
+        for epoch in started[:-2]:
+            del self.starts[epoch]
+        for at in [at for at in self.placements if at < first][:-1]:
+            del self.placements[at]
