@@ -71,7 +71,7 @@ class Publisher:
         self._load = Load(self._lane.waiting, batch_ms, 1000 * late_s)
 
     def _tell_hot(self) -> None:
-        lags = [self._replicators[s].age_ms if s in self._replicators else 0 for s in self._listed]
+        lags = [self._replicators[s].lag_ms if s in self._replicators else 0 for s in self._listed]
         value = facts.pack_hot(self._shards_fact, self._load, self._flags, lags)
         if value != self._told:
             self._told = value

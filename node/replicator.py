@@ -17,7 +17,6 @@ from storage.records import EMPTY, HEADER, Record, RecordError
 log = structlog.get_logger(__name__)
 
 PULL_BYTES = 1 << 20
-WAIT_MS = 1_000
 CALL_S = 5.0
 BACKOFF_S = (0.1, 2.0)
 
@@ -32,7 +31,6 @@ class Replicator:
         self._failures = 0
         self.state = "starting"
         self.behind = 0
-        self.lag_ms = 0
         # How old our data may have been at `_heard`. Before the primary is heard we only know when we wrote last.
         self._old_ms = int(actor.idle_s() * 1000)
         self._heard = trio.current_time()
@@ -41,7 +39,21 @@ class Replicator:
     @property
     def age_ms(self) -> int:
         """How old this replica's data may be: its lag when it last heard the primary, and the time since."""
-        return self._old_ms + int((trio.current_time() - self._heard) * 1000)
+        return self._old_ms + self._silent_ms
+
+    @property
+    def lag_ms(self) -> int:
+        """How far behind it is: 0 while it is level on a live stream, else its age."""
+        return replication.follower_lag_ms(
+            following=self.state == "following",
+            behind=self.behind,
+            old_ms=self._old_ms,
+            silent_ms=self._silent_ms,
+        )
+
+    @property
+    def _silent_ms(self) -> int:
+        return int((trio.current_time() - self._heard) * 1000)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
@@ -89,7 +101,7 @@ class Replicator:
         if self._named.sequence != last.sequence:
             self._named = actor.replica.fingerprint(last.sequence)
         # Until the first answer we do not know whether we are level, so that one must not wait for news.
-        wait_ms = WAIT_MS if self.state == "following" else 0
+        wait_ms = replication.WAIT_MS if self.state == "following" else 0
         try:
             epoch, primary_last, lag_ms, data = await self._link.call(
                 "pull", [actor.shard, self._named, PULL_BYTES, wait_ms, int(CALL_S * 1000)], CALL_S
@@ -112,6 +124,8 @@ class Replicator:
             count=len(batch),
         )
         if isinstance(step, replication.Take):
+            # Not level from now on, however long our disk takes.
+            self.behind = primary_last - last.sequence
             try:
                 await actor.follow(blobs, batch)
             except ReplicaStoppedError as error:
@@ -119,7 +133,7 @@ class Replicator:
                 raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
         if isinstance(step, (replication.Take, replication.PullAgain)):
             self.behind = primary_last - actor.replica.position.sequence
-            self.lag_ms = self._old_ms = lag_ms if self.behind else 0
+            self._old_ms = lag_ms if self.behind else 0
             self._heard = heard
         return step
 

@@ -64,6 +64,6 @@ class GossipCluster:
     def lags_ms(self, name: str) -> Mapping[int, int]:
         """Of our own replicas exactly, of others' as they gossip it."""
         if name == self.local:
-            return {shard: one.age_ms for shard, one in self._replicators.items()}
+            return {shard: one.lag_ms for shard, one in self._replicators.items()}
         known = self._members.get(name)
         return {} if known is None else known.lags_ms
