@@ -111,6 +111,8 @@ class Members:
         self._all: list[Known] = []
         # Of those who have left, too: what is said of them later should name them.
         self._names: dict[int, str] = {}
+        # Ids of those who said good-bye, or of whom an operator said that they will not come back.
+        self._left: dict[int, None] = {}
         self._old = True
         # Whose facts must be read again; parsing those of everybody at each event would cost a large cluster seconds.
         self._changed: set[int] = set()
@@ -120,6 +122,10 @@ class Members:
     def _on_event(self, event: Event) -> None:
         self._old = True
         self._changed.add(event.id)
+        if event.kind == "left":
+            self._left[event.id] = None
+        elif event.kind != "fact":
+            self._left.pop(event.id, None)
         for told in self.watch:
             told(event)
 
@@ -155,6 +161,10 @@ class Members:
             self._read()
         return self._names.get(id, f"{id:016x}")
 
+    def has_left(self, name: str) -> bool:
+        """Whether a member of that name was there and left; False when we have never heard of one."""
+        return name not in self and any(self._names.get(id) == name for id in self._left)
+
     def _read(self) -> None:
         self._old = False
         before, self._by_id = self._by_id, {}
@@ -169,8 +179,9 @@ class Members:
             self._by_id[view.id] = known
             if known.fact is not None:
                 self._names[view.id] = known.name
-        while len(self._names) > NAMES_MAX:
-            del self._names[next(iter(self._names))]
+        for kept in (self._names, self._left):
+            while len(kept) > NAMES_MAX:
+                kept.pop(next(iter(kept)))
         self._changed.clear()
         self._all = list(self._by_id.values())
         self._all.sort(key=lambda one: (one.name, not one.alive, one.id))

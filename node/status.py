@@ -85,7 +85,10 @@ def whole_status(parts: Parts) -> dict[str, Any]:
 
 
 def members_status(parts: Parts) -> list[dict[str, Any]]:
-    """Everybody whom gossip knows, and those of the layout whom it does not (they left, or were never heard), by name."""
+    """By name: everybody whom gossip knows, and those of the layout whom it does not.
+
+    The latter are `left` (they said good-bye, or an operator forgot them), or `unheard` since this node started.
+    """
     parts.members.refresh()
     layout = parts.layout
     placed = {member.name: member for member in layout.members} if layout else {}
@@ -97,7 +100,7 @@ def members_status(parts: Parts) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "name": name,
-                    "state": "absent",
+                    "state": "left" if parts.members.has_left(name) else "unheard",
                     "connected": False,
                     "in_layout": True,
                     "region": member.region,
