@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(_help(error), file=sys.stderr)
             sys.exit(EXIT_USAGE)
-        print(f"error[usage]: {_message(error)} (see gmco --help)", file=sys.stderr)
+        print(f"error[usage]: {_message(error)} (see {_command(error)} --help)", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except typer.Exit as error:
         sys.exit(error.exit_code)
@@ -311,6 +311,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _message(error: typer.TyperException) -> str:
     return " ".join(_help(error).split())
+
+
+def _command(error: typer.TyperException) -> str:
+    """The command that was used wrongly, as `gmco load`: its help says more than that of the whole."""
+    return str(getattr(getattr(error, "ctx", None), "command_path", "gmco"))
 
 
 def _help(error: typer.TyperException) -> str:

@@ -122,6 +122,23 @@ def test_errors_are_one_line_and_an_exit_code(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["nonsense"], "gmco"),
+        (["load"], "gmco load"),
+        (["nodes", "--nope"], "gmco nodes"),
+        (["nodes", "forget"], "gmco nodes forget"),
+        (["get", "item", "x"], "gmco get item"),
+    ],
+)
+def test_wrong_usage_points_to_the_help_of_the_command(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], command: str
+) -> None:
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err.endswith(f" (see {command} --help)\n")
+
+
+@pytest.mark.parametrize(
     ("error", "code"),
     [
         (gmco.Overloaded("overloaded", "later"), 4),
