@@ -268,13 +268,25 @@ def test_load_prints_a_summary(fake: FakeClient, tmp_path: Path, capsys: pytest.
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_load_of_another_dimension_fails_at_row_0(
+def test_load_counts_lines_from_1(
+    fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"media_id": 1, "vector": [1, 2, 3, 4]}\n\n{}\n')
+    assert run("load", str(path), "--skip-bad") == 0
+    assert capsys.readouterr().err == "line 3: no media_id\n"
+    assert run("load", str(path), "--skip-bad", "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out)["bad_rows"] == [{"row": 3, "reason": "no media_id"}]
+
+
+def test_load_of_another_dimension_fails_at_line_1_and_leaves_nothing(
     fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"media_id": 1, "vector": [1, 2]}\n')
     assert run("load", str(path)) == 5
-    assert "error[bad_row]: row 0: vector of 2 numbers where the others have 4" in capsys.readouterr().err
+    assert "error[bad_row]: line 1: vector of 2 numbers where the others have 4" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_nodes_come_from_the_environment(
