@@ -98,11 +98,13 @@ _CLASSES: dict[str, type[GmcoError]] = {
     **dict.fromkeys([*_BAD.split(), "wrong_dimension", "zero_vector", "too_large"], BadRequest),
     **dict.fromkeys(["unknown_user", "unknown_item", "unknown_node"], NotFound),
     **dict.fromkeys(["overloaded", "indexing"], Overloaded),
-    **dict.fromkeys(["unavailable", "shutting_down", "no_primary", "session_behind"], Unavailable),
+    **dict.fromkeys(
+        ["unavailable", "shutting_down", "no_lease", "no_primary", "session_behind"], Unavailable
+    ),
     "deadline_exceeded": DeadlineExceeded,
 }
 _MOVE = frozenset({"unavailable", "shutting_down"})  # another node may do better
-_WAIT = frozenset({"overloaded", "indexing", "no_primary"})  # the same may do better soon
+_WAIT = frozenset({"overloaded", "indexing", "no_lease", "no_primary"})  # the same may do better soon
 _BEHIND = "session_behind"  # another node may have what the session wrote, or this one soon
 _UNSURE = frozenset({"deadline_exceeded", "outcome_unknown", "ack_timeout"})  # true after a lost try, too
 

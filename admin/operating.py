@@ -30,7 +30,7 @@ from admin.terminal import (
 )
 
 WAIT_S = 30.0
-STYLES = {"alive": "green", "suspect": "yellow", "down": "red", "absent": "red"}
+STYLES = {"alive": "green", "suspect": "yellow", "down": "red", "left": "red", "unheard": "red"}
 KIND_STYLES = {
     "suspected": "yellow",
     "down": "red",

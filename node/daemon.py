@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 import structlog
 import trio
 
-from node import facts, forming, joining, layoutfile, notify
+from node import facts, forming, joining, layoutfile, notify, promises
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
 from node.facts import Health
+from node.failover import Failover
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.identity import DataDirectory, Identity
@@ -27,6 +28,7 @@ from node.local import LocalNode
 from node.members import Members
 from node.operations import Operations
 from node.peerlink import Hello, PeerLimits, PeerListener
+from node.promises import Promises
 from node.publishing import Publisher
 from node.remote import handlers
 from node.replicator import Replicator
@@ -151,6 +153,8 @@ class Daemon:
         notifier.stopping()
         log.info("stopping", node=self._name)
         history.close()
+        if self._parts.failover is not None:
+            await self._parts.failover.hand_over_all()
         self._parts.server.stop()
         listener.stop()
         await self._parts.agent.leave()
@@ -233,6 +237,10 @@ class Daemon:
         parts.state = "recovering shards"
         notifier.status(parts.state)
         placements = {one.shard: one for one in layout.placements()}
+        thread = await stack.enter_async_context(DedicatedThread("promises"))
+        path = directory.path / "promises"
+        parts.promises = Promises(path, await thread(promises.load, path), thread)
+        await parts.supervisor.start(parts.promises, name="promises")
         logs = await self._open_shards(directory, placements, notifier, stack)
         await self._start(placements, logs, stack)
 
@@ -269,11 +277,14 @@ class Daemon:
                 ),
                 limiter=limit,
             )
+            promised, owes = await self._promised(replica)
             logs[shard] = await stack.enter_async_context(DedicatedThread(f"wal-{shard}"))
             self._parts.shards[shard] = ShardActor(
                 replica,
-                placement,
+                placement.voters,
                 name=self._name,
+                promised=promised,
+                owes=owes,
                 log_runner=logs[shard],
                 maintenance_runner=maintenance,
                 queue_max=self._config.limits.write_queue,
@@ -285,6 +296,20 @@ class Daemon:
             for placement in mine:
                 nursery.start_soon(open_one, placement)
         return logs
+
+    async def _promised(self, replica: Replica) -> tuple[int, bool]:
+        """What this replica has promised, and whether it may be bound by a lease. Of one that cannot know what it promised, a new
+        id is made: it votes again when a primary has let it in under that."""
+        kept = self._parts.promises
+        assert kept is not None
+        promised = kept.of(replica.shard, replica.replica_id)
+        if promised is not None:
+            return promised, True
+        if replica.position.sequence:
+            log.warning("promises lost", shard=replica.shard)
+            await trio.to_thread.run_sync(replica.renew_replica_id)
+        await kept.keep(replica.shard, replica.replica_id, 0)
+        return 0, False
 
     async def _start(
         self, placements: dict[int, Placement], logs: dict[int, DedicatedThread], stack: AsyncExitStack
@@ -304,14 +329,21 @@ class Daemon:
         await supervisor.start(links, name="links")
         local = LocalNode(shards, parts.replicators, lane, len(placements))
         self._handlers.update(handlers(local, shards, lambda: own_status(parts)))
-        for shard, actor in sorted(shards.items()):
-            if not actor.primary:
-                follower = Replicator(actor, links[actor.placement.primary], random.Random())
-                parts.replicators[shard] = follower
-                await supervisor.start(follower, name=f"follow-{shard:03}")
-        cluster = GossipCluster(parts.members, placements, local, links, parts.replicators, parts.flags)
-        parts.coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
         publisher = Publisher(parts.agent, shards, parts.replicators, lane, lane_thread.statistics)
+        assert parts.promises is not None
+        failover = parts.failover = Failover(
+            self._name, shards, parts.promises, links, on_change=publisher.tell_shards
+        )
+        self._handlers["elect"] = failover.on_peer
+        await supervisor.start(failover, name="failover")
+        for shard, actor in sorted(shards.items()):
+            follower = Replicator(actor, links, random.Random())
+            parts.replicators[shard] = follower
+            await supervisor.start(follower, name=f"follow-{shard:03}")
+        cluster = GossipCluster(
+            parts.members, placements, local, links, shards, parts.replicators, parts.flags
+        )
+        parts.coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
         watched = [
             Watched(Health.DISK, f"the log of shard {s}", t.statistics) for s, t in sorted(logs.items())
         ]

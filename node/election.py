@@ -21,6 +21,10 @@ from typing import NamedTuple
 from storage.records import Version
 
 
+# So much longer the others wait for a shard's first voter to open its first epoch.
+FOUNDING_S = 5.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ElectionConfig:
     """Seconds. rank_s: how much longer the n-th voter in the order of preference waits before it stands."""
@@ -211,6 +215,9 @@ class Election:
 
     def _patience(self) -> float:
         rank = self.voters.index(self.name) if self.name in self.voters else len(self.voters)
+        if self._founding and rank:
+            # All of them must be there anyway, so the one that is to lead can stand.
+            return FOUNDING_S * rank
         return rank * self._config.rank_s + self._random.random() * self._config.rank_s / 2
 
     def on_timer(self, now: float) -> list[Effect]:

@@ -13,7 +13,20 @@ import structlog
 import trio
 
 from node.commit import CommitStoppedError, OverloadedError
-from node.election import Ask, Effect, Lead, Message, Persist, Promise, Refuse, StepDown, Stand, Succeed, Tell, Would
+from node.election import (
+    Ask,
+    Effect,
+    Lead,
+    Message,
+    Persist,
+    Promise,
+    Refuse,
+    Stand,
+    StepDown,
+    Succeed,
+    Tell,
+    Would,
+)
 from node.links import Links
 from node.peerlink import PeerError
 from node.placement import Placement
@@ -52,7 +65,7 @@ class Failover:
         name: str,
         shards: Mapping[int, ShardActor],
         promises: Promises,
-        links: Links | Mapping[str, Any],
+        links: Links,
         *,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
@@ -198,7 +211,9 @@ class Failover:
             raise actor.not_primary()
         progress = reign.progress
         if to not in progress.positions or to == self._name:
-            raise NodeError("no_successor", f"{to or 'no other voter'} does not follow shard {actor.shard} now")
+            raise NodeError(
+                "no_successor", f"{to or 'no other voter'} does not follow shard {actor.shard} now"
+            )
         deadline = trio.current_time() + timeout_s
         election = actor.election
         election.resign()

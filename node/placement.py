@@ -1,7 +1,7 @@
-"""The placement that is in force: who votes for one shard, written in the log as the record that opens an epoch. Pure.
+"""The placement in force: who votes for one shard, written in the log as the record that opens an epoch. Pure.
 
-A voter is a name and the id of its replica. The id is made with the replica's directory, so one whose disk was replaced has another
-and is no voter until a primary has opened an epoch that names it (`learners-silent` of docs/ownership.md).
+A voter is a name and the id of its replica. The id is made with the replica's directory, so one whose disk was replaced
+has another and is no voter until a primary has opened an epoch that names it (`learners-silent` of docs/ownership.md).
 """
 
 from __future__ import annotations

@@ -68,13 +68,12 @@ class Promises:
         self._commit = GroupCommit(self._flush)
         await self._commit.run(task_status=task_status)
 
-    async def _flush(self, items: list[tuple[int, int, int]]) -> list[None | Exception]:
+    async def _flush(self, items: list[tuple[int, int, int]]) -> list[Exception | None]:
         known = dict(self._known)
         for shard, replica, epoch in items:
             before = known.get(shard)
-            if before is not None and before[0] == replica:
-                epoch = max(epoch, before[1])
-            known[shard] = (replica, epoch)
+            least = before[1] if before is not None and before[0] == replica else 0
+            known[shard] = (replica, max(epoch, least))
         await self._runner(save, self._path, known)
         self._known = known
         return [None] * len(items)

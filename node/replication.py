@@ -22,6 +22,11 @@ Ack = Literal["primary", "quorum", "all"]
 MARKS_MAX = 1_024
 # With MARKS_MAX marks this remembers 51 s; older lag shows as that.
 MARK_EVERY_S = 0.05
+# So long a level follower's pull waits at the primary for news: an idle stream is heard that often. A third of a lease, because
+# each answer carries a stamp and each pull an echo, by which the primary's lease lives.
+WAIT_MS = 500
+# For the way there and back and a busy host. Together they stay below the 2 s from which a replica is avoided.
+SLACK_MS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,17 @@ class Progress:
             if passed > sequence:
                 return int((now - at) * 1000)
         return 0
+
+
+def follower_lag_ms(*, following: bool, behind: int, old_ms: int, silent_ms: int) -> int:
+    """How far behind a follower is to be taken, when the primary's last answer is `silent_ms` old.
+
+    Level by that answer, and its stream alive: 0, because a long poll that waits for news is not lag. Else what it was
+    behind by then (`old_ms`) and the time since: nobody knows what it has missed.
+    """
+    if following and behind <= 0 and silent_ms <= WAIT_MS + SLACK_MS:
+        return 0
+    return old_ms + silent_ms
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,14 @@ node/replication.py and node/fork.py."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from random import Random
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import structlog
 import trio
 
 from node import replication
+from node.links import Links
 from node.peerlink import PeerGoneError, PeerTimeoutError, RemoteError
 from node.pulls import Forked, NotPrimary, Pull, Streamed, read_answer
 from node.shard import ShardActor
@@ -20,8 +20,6 @@ from storage.records import EMPTY, RecordError, split
 log = structlog.get_logger(__name__)
 
 PULL_BYTES = 1 << 20
-# A third of a lease: each answer carries a stamp, and each pull an echo, by which the primary's lease lives.
-WAIT_MS = 500
 CALL_S = 2.0
 BACKOFF_S = (0.02, 0.5)
 # While nobody is known to lead, voters are asked in turn.
@@ -31,7 +29,7 @@ ASK_AROUND_S = 0.2
 class Replicator:
     """Follows one shard's primary. An actor: `run` never returns unless the logs have diverged."""
 
-    def __init__(self, actor: ShardActor, links: Mapping[str, Any], random: Random) -> None:
+    def __init__(self, actor: ShardActor, links: Links, random: Random) -> None:
         """links: by node name; those that are missing cannot be reached."""
         self._actor = actor
         self._links = links
@@ -40,7 +38,6 @@ class Replicator:
         self._turn = 0
         self.state = "starting"
         self.behind = 0
-        self.lag_ms = 0
         # How old our data may have been at `_heard`. Before the primary is heard we only know when we wrote last.
         self._old_ms = int(actor.idle_s() * 1000)
         self._heard = trio.current_time()
@@ -51,9 +48,23 @@ class Replicator:
     @property
     def age_ms(self) -> int:
         """How old this replica's data may be: its lag when it last heard the primary, and the time since."""
+        return 0 if self._actor.leads else self._old_ms + self._silent_ms
+
+    @property
+    def lag_ms(self) -> int:
+        """How far behind it is: 0 while it leads, or is level on a live stream, else its age."""
         if self._actor.leads:
             return 0
-        return self._old_ms + int((trio.current_time() - self._heard) * 1000)
+        return replication.follower_lag_ms(
+            following=self.state == "following",
+            behind=self.behind,
+            old_ms=self._old_ms,
+            silent_ms=self._silent_ms,
+        )
+
+    @property
+    def _silent_ms(self) -> int:
+        return int((trio.current_time() - self._heard) * 1000)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         task_status.started()
@@ -62,7 +73,7 @@ class Replicator:
             if actor.leads:
                 await self._rest()
                 continue
-            epoch, primary = actor.hint
+            _, primary = actor.hint
             if not primary or primary == actor.name:
                 primary = await self._somebody()
             try:
@@ -81,7 +92,7 @@ class Replicator:
 
     async def _rest(self) -> None:
         self.state = "leading"
-        self.behind = self.lag_ms = self._old_ms = 0
+        self.behind = self._old_ms = 0
         self._echo = None
         while self._actor.leads:
             self._heard = trio.current_time()
@@ -95,7 +106,7 @@ class Replicator:
         with trio.move_on_after(ASK_AROUND_S * (0.5 + self._random.random() / 2)):
             while self._actor.hint == hint and not self._actor.leads:
                 await self._actor.changed()
-        epoch, primary = self._actor.hint
+        _, primary = self._actor.hint
         if primary and primary != self._actor.name:
             return primary
         others = [name for name in self._actor.placement.names if name != self._actor.name]
@@ -144,7 +155,7 @@ class Replicator:
             named,
             echo,
             PULL_BYTES,
-            WAIT_MS if echo is not None else 0,
+            replication.WAIT_MS if echo is not None else 0,
         )
         try:
             answer = read_answer(await link.call("pull", pull.body(), CALL_S))
@@ -190,6 +201,8 @@ class Replicator:
             await self._back_off()
             return
         if isinstance(step, replication.Take):
+            # Not level from now on, however long our disk takes.
+            self.behind = answer.primary_last - last.sequence
             try:
                 if not await actor.follow(answer.epoch, blobs, batch):
                     return
@@ -198,5 +211,5 @@ class Replicator:
                 raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
         self.state = "following"
         self.behind = max(0, answer.primary_last - actor.replica.position.sequence)
-        self.lag_ms = self._old_ms = answer.lag_ms if self.behind else 0
+        self._old_ms = answer.lag_ms if self.behind else 0
         self._heard = heard

@@ -11,6 +11,7 @@ from node.local import LocalNode
 from node.members import Members
 from node.remote import RemoteNode
 from node.replicator import Replicator
+from node.shard import ShardActor
 from router.layout import Placement
 from router.ports import Node
 
@@ -24,6 +25,7 @@ class GossipCluster:
         placements: Mapping[int, Placement],
         node: LocalNode,
         links: Links,
+        shards: Mapping[int, ShardActor],
         replicators: Mapping[int, Replicator],
         health: Callable[[], Health],
     ) -> None:
@@ -32,7 +34,7 @@ class GossipCluster:
         self._members = members
         self._placements = placements
         self._links = links
-        self._replicators = replicators
+        self._shards, self._replicators = shards, replicators
         self._health = health
         self._local_node = node
         self._remote: dict[str, RemoteNode] = {}
@@ -47,6 +49,12 @@ class GossipCluster:
 
     def placement(self, shard: int) -> Placement:
         return self._placements[shard]
+
+    def primary(self, shard: int) -> str:
+        actor = self._shards.get(shard)
+        known = actor.primary if actor is not None else ""
+        # Of our own replica's voters we hear directly; before any of that, by the layout.
+        return known or self._members.primary(shard) or self._placements[shard].primary
 
     def alive(self, name: str) -> bool:
         """Gossip does not call it dead, and our link to it is up: either alone may be the first to know."""
@@ -64,6 +72,6 @@ class GossipCluster:
     def lags_ms(self, name: str) -> Mapping[int, int]:
         """Of our own replicas exactly, of others' as they gossip it."""
         if name == self.local:
-            return {shard: one.age_ms for shard, one in self._replicators.items()}
+            return {shard: one.lag_ms for shard, one in self._replicators.items()}
         known = self._members.get(name)
         return {} if known is None else known.lags_ms

@@ -279,7 +279,9 @@ class ShardActor:
                 await self._changed.wait()
             if scope.cancelled_caught:
                 raise NodeError(
-                    "no_lease", f"the primary of shard {self.shard} has not been heard by a majority of its voters", 50
+                    "no_lease",
+                    f"the primary of shard {self.shard} has not been heard by a majority of its voters",
+                    50,
                 )
 
     async def acknowledged(self, at: Version, ack: Ack, deadline: float) -> None:
@@ -290,7 +292,9 @@ class ShardActor:
         progress = reign.progress
         while True:
             if reign.ended:
-                raise unknown(f"shard {self.shard} changed its primary ({reign.ended}) before the write was acknowledged")
+                raise unknown(
+                    f"shard {self.shard} changed its primary ({reign.ended}) before the write was acknowledged"
+                )
             reached = progress.reached(ack) >= at.sequence
             if reached and self.election.may_acknowledge(trio.current_time()):
                 return
@@ -342,7 +346,9 @@ class ShardActor:
                     self._stopped = self._stopped or isinstance(error, ReplicaStoppedError)
                     # What was answered from the log already needs no disk.
                     applied = self.replica.position
-                    return [r if isinstance(r, Exception) or r.at <= applied else refused for r in made.results]
+                    return [
+                        r if isinstance(r, Exception) or r.at <= applied else refused for r in made.results
+                    ]
                 try:
                     self._apply(made.batch.records)
                 except Exception as error:
@@ -395,10 +401,10 @@ class ShardActor:
         starts = EpochStarts(self.replica.epoch_starts.items())
         step = reign.progress.pulled(follower, pull.named, starts)
         if isinstance(step, LookUp):
-            step = reign.progress.found(follower, pull.named, self.replica.fingerprint(pull.named.sequence))
-        if isinstance(step, Diverged):
-            log.error("follower diverged", shard=self.shard, follower=follower, reason=step.reason)
-            raise NodeError("diverged", f"the logs of shard {self.shard} have parted: {step.reason}")
+            found = reign.progress.found(follower, pull.named, self.replica.fingerprint(pull.named.sequence))
+            if isinstance(found, Diverged):
+                log.error("follower diverged", shard=self.shard, follower=follower, reason=found.reason)
+                raise NodeError("diverged", f"the logs of shard {self.shard} have parted: {found.reason}")
         if isinstance(step, Fork):
             return Forked(reign.epoch, trio.current_time(), step)
         if pull.epoch == reign.epoch and self.placement.is_voter(follower, pull.replica):

@@ -12,11 +12,13 @@ import trio
 from gossip.agent import Agent
 from node.config import Config
 from node.facts import Health
+from node.failover import Failover
 from node.forming import LayoutGuard
 from node.health import HealthWatch
 from node.lane import SearchLane
 from node.links import Links
 from node.members import Known, Members
+from node.promises import Promises
 from node.replicator import Replicator
 from node.server import AppServer
 from node.shard import ShardActor
@@ -43,6 +45,8 @@ class Parts:
     replicators: dict[int, Replicator] = field(default_factory=dict)
     layout: Layout | None = None
     guard: LayoutGuard | None = None
+    promises: Promises | None = None
+    failover: Failover | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
@@ -85,7 +89,10 @@ def whole_status(parts: Parts) -> dict[str, Any]:
 
 
 def members_status(parts: Parts) -> list[dict[str, Any]]:
-    """Everybody whom gossip knows, and those of the layout whom it does not (they left, or were never heard), by name."""
+    """By name: everybody whom gossip knows, and those of the layout whom it does not.
+
+    The latter are `left` (they said good-bye, or an operator forgot them), or `unheard` since this node started.
+    """
     parts.members.refresh()
     layout = parts.layout
     placed = {member.name: member for member in layout.members} if layout else {}
@@ -97,7 +104,7 @@ def members_status(parts: Parts) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "name": name,
-                    "state": "absent",
+                    "state": "left" if parts.members.has_left(name) else "unheard",
                     "connected": False,
                     "in_layout": True,
                     "region": member.region,
@@ -142,9 +149,9 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
     follower = parts.replicators.get(actor.shard)
     return {
         "shard": actor.shard,
-        "role": "primary" if actor.primary else "replica",
-        "primary": actor.placement.primary,
-        "voters": list(actor.placement.voters),
+        "role": "primary" if actor.leads else "replica",
+        "primary": actor.primary,
+        "voters": list(actor.placement.names),
         "epoch": replica.position.epoch,
         "sequence": replica.position.sequence,
         "items": replica.view.alive_rows,
@@ -153,7 +160,7 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "engine": parts.config.storage.engine,
         "lag": follower.behind if follower else 0,
         "lag_ms": follower.lag_ms if follower else 0,
-        "state": follower.state if follower else "writing",
+        "state": follower.state if follower else "starting",
     }
 
 
@@ -162,6 +169,7 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "server": asdict(parts.server.statistics()),
         "search": parts.lane.statistics() if parts.lane else {},
         "router": parts.coordinator.statistics() if parts.coordinator else {},
+        "elections": dict(parts.failover.counters) if parts.failover else {},
         "writes": _sum([actor.counters for actor in parts.shards.values()]),
         "gossip": asdict(parts.agent.statistics()),
         "crashes": sum(one.crashes for one in parts.supervisor.statistics()),

@@ -1,4 +1,7 @@
-"""What a replica needs in the background: the log's next segment, checkpoints, compaction, graph building. One at a time, in threads."""
+"""What a replica needs in the background: the log's next segment, checkpoints, compaction, graph building.
+
+One at a time, in threads.
+"""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ Code = Literal[
     "indexing",
     "disk_full",
     "replica_stopped",
+    "no_lease",
     "no_primary",
     "ack_timeout",
     "outcome_unknown",

@@ -122,6 +122,23 @@ def test_errors_are_one_line_and_an_exit_code(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["nonsense"], "gmco"),
+        (["load"], "gmco load"),
+        (["nodes", "--nope"], "gmco nodes"),
+        (["nodes", "forget"], "gmco nodes forget"),
+        (["get", "item", "x"], "gmco get item"),
+    ],
+)
+def test_wrong_usage_points_to_the_help_of_the_command(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], command: str
+) -> None:
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err.endswith(f" (see {command} --help)\n")
+
+
+@pytest.mark.parametrize(
     ("error", "code"),
     [
         (gmco.Overloaded("overloaded", "later"), 4),
@@ -251,13 +268,25 @@ def test_load_prints_a_summary(fake: FakeClient, tmp_path: Path, capsys: pytest.
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_load_of_another_dimension_fails_at_row_0(
+def test_load_counts_lines_from_1(
+    fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"media_id": 1, "vector": [1, 2, 3, 4]}\n\n{}\n')
+    assert run("load", str(path), "--skip-bad") == 0
+    assert capsys.readouterr().err == "line 3: no media_id\n"
+    assert run("load", str(path), "--skip-bad", "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out)["bad_rows"] == [{"row": 3, "reason": "no media_id"}]
+
+
+def test_load_of_another_dimension_fails_at_line_1_and_leaves_nothing(
     fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"media_id": 1, "vector": [1, 2]}\n')
     assert run("load", str(path)) == 5
-    assert "error[bad_row]: row 0: vector of 2 numbers where the others have 4" in capsys.readouterr().err
+    assert "error[bad_row]: line 1: vector of 2 numbers where the others have 4" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_nodes_come_from_the_environment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from node import facts
 from node.facts import Health, Held, Load, pack_hot, pack_node, pack_shards
 from node.members import Members
 from node.routing import GossipCluster
+from node.status import members_status
+from router.layout import Layout
 from tests.unit.node.gossips import FakeGossip, Hub
 from tests.unit.node.peers import on_trio
 from tests.unit.node.test_bootstrap import fact
@@ -69,6 +72,23 @@ async def test_of_two_with_one_name_the_living_one_then_the_smaller_id_counts() 
     conflicts = [one for one in logs if one["event"] == "name_conflict"]
     assert len(conflicts) == 1, "told once"
     assert conflicts[0]["chosen"] == f"{2:016x}"
+    await trio.lowlevel.checkpoint()
+
+
+@on_trio
+async def test_who_has_left_is_told_from_who_was_never_heard() -> None:
+    hub, members, _ = pair()
+    layout = Layout(version=1, shard_count=4, replication=3, members=tuple(fact(n).member() for n in "abc"))
+    parts = SimpleNamespace(members=members, layout=layout, links=FakeLinks())
+
+    def states() -> dict[str, str]:
+        return {row["name"]: row["state"] for row in members_status(parts)}  # type: ignore[arg-type]
+
+    assert states() == {"a": "alive", "b": "alive", "c": "unheard"}
+    members.gossip.forget(2)
+    assert states() == {"a": "alive", "b": "left", "c": "unheard"}
+    hub.put(2, "joined", state=State.ALIVE, boot=2)
+    assert states() == {"a": "alive", "b": "alive", "c": "unheard"}
     await trio.lowlevel.checkpoint()
 
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.replication import Diverged, LookUp, Matched, Progress, PullAgain, Refuse, Take, on_pull_reply
+from node.replication import (
+    SLACK_MS,
+    WAIT_MS,
+    Diverged,
+    LookUp,
+    Matched,
+    Progress,
+    PullAgain,
+    Refuse,
+    Take,
+    follower_lag_ms,
+    on_pull_reply,
+)
 from storage.records import EMPTY, Fingerprint, Version
 
 
@@ -128,3 +140,15 @@ def test_a_follower_takes_only_what_follows_its_log() -> None:
     assert isinstance(step(reply_epoch=0), Refuse)
     assert isinstance(step(count=5), Refuse)
     assert isinstance(step(primary_last=4, first=None, count=0), Diverged)
+
+
+def test_a_long_poll_is_no_lag_and_everything_else_is() -> None:
+    def lag(silent_ms: int, *, following: bool = True, behind: int = 0, old_ms: int = 0) -> int:
+        return follower_lag_ms(following=following, behind=behind, old_ms=old_ms, silent_ms=silent_ms)
+
+    bound = WAIT_MS + SLACK_MS
+    assert [lag(0), lag(WAIT_MS), lag(bound)] == [0, 0, 0]
+    assert lag(bound + 1) == bound + 1, "silent for longer than a poll lasts"
+    assert lag(300, following=False) == 300, "the stream is cut"
+    assert lag(300, behind=2, old_ms=70) == 370
+    assert bound < 2_000, "routing must hear of it before it looks away"

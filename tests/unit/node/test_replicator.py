@@ -14,6 +14,7 @@ import trio
 from node.blocking import DedicatedThread, InlineRunner, ThreadRunner
 from node.lane import SearchLane
 from node.local import LocalNode
+from node.peerlistener import PeerListener
 from node.remote import RemoteNode, handlers
 from node.replicator import Replicator
 from node.shard import ShardActor
@@ -129,6 +130,52 @@ async def test_an_answer_says_how_old_it_is_wherever_it_comes_from(tmp_path: Pat
                     for age_ms in (found.age_ms, got.age_ms, scored.age_ms):
                         assert lag_ms <= age_ms < lag_ms + 2_000
         nursery.cancel_scope.cancel()
+
+
+@on_trio
+async def test_an_idle_level_replica_has_no_lag_until_its_stream_is_cut(tmp_path: Path) -> None:
+    async with replica_of("b", tmp_path / "b") as primary:
+        hung: list[trio.Event] = []
+        answers = handlers(LocalNode({0: primary}, {}, None, 1), {0: primary}, dict)  # type: ignore[arg-type]
+        pull = answers["pull"]
+
+        async def may_hang(peer: str, body: object) -> object:
+            if hung:
+                await hung[0].wait()
+            return await pull(peer, body)
+
+        async with (
+            linked({**answers, "pull": may_hang}) as (link, listener),
+            replica_of("a", tmp_path / "a") as actor,
+            trio.open_nursery() as nursery,
+        ):
+            follower = Replicator(actor, link, Random(1))
+            nursery.start_soon(follower.run)
+            await write(primary, 1, 1.0, "all")
+            await until(lambda: follower.state == "following" and not follower.behind)
+            lags, ages = set[int](), set[int]()
+            end = trio.current_time() + 1.2  # longer than a long poll
+            while trio.current_time() < end:
+                lags.add(follower.lag_ms)
+                ages.add(follower.age_ms)
+                await trio.sleep(0.02)
+            assert lags == {0}
+            assert max(ages) > 500, "what answers tell is the age still"
+            hung.append(trio.Event())  # the primary hangs: its next answer does not come
+            await until(lambda: follower.lag_ms > 1_500)
+            assert abs(follower.lag_ms - follower.age_ms) <= 1
+            hung.pop().set()
+            await until(lambda: follower.lag_ms == 0)
+            listener_gone(listener)
+            await until(lambda: follower.state == "primary silent" and follower.lag_ms > 0)
+            nursery.cancel_scope.cancel()
+
+
+def listener_gone(listener: PeerListener) -> None:
+    """The primary takes no connection any more and drops those that it has."""
+    listener.closed = "gone"
+    for session in list(listener._peers.values()):
+        session.conn.close("gone")
 
 
 @on_trio
