@@ -404,6 +404,28 @@ class Client:
         nodes: list[dict[str, Any]] = (await self._call("keyring", fields, timeout_s))["nodes"]
         return nodes
 
+    async def shards(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """`replicas`: every replica of every node, as that node tells it; `silent`: nodes that did not answer."""
+        reply = await self._call("shards", {}, timeout_s)
+        return {"replicas": reply["replicas"], "silent": reply["silent"]}
+
+    async def failover(
+        self,
+        shard: int,
+        *,
+        to: str = "",
+        force: bool = False,
+        confirmed: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Another node leads the shard: `to`, or the one that has most of it; waits until it does.
+
+        force: without a majority of its voters, which may lose writes. Without `confirmed` only what may be lost is told.
+        """
+        fields = {"shard": shard, "to": to, "force": force, "confirmed": confirmed}
+        reply = await self._call("failover", fields, timeout_s)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
     async def recommend(
         self,
         user_id: int,
@@ -806,6 +828,8 @@ class BlockingClient:
     events = _blocking(Client.events)
     forget_node = _blocking(Client.forget_node)
     keyring = _blocking(Client.keyring)
+    shards = _blocking(Client.shards)
+    failover = _blocking(Client.failover)
     recommend = _blocking(Client.recommend)
     similar = _blocking(Client.similar)
     search = _blocking(Client.search)

@@ -124,6 +124,14 @@ class KeyringFields(Struct, forbid_unknown_fields=True, kw_only=True):
     timeout_ms: Timeout = None
 
 
+class FailOverFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    shard: Annotated[int, Meta(ge=0, lt=65_536)]
+    to: Annotated[str, Meta(max_length=64)] = ""
+    force: bool = False
+    confirmed: bool = False
+    timeout_ms: Timeout = None
+
+
 # ---- msgspec's sentences, as our codes ----
 
 _SENTENCE = re.compile(r"(?P<what>.*?)(?: - at `(?:key` in `)?\$?\.?(?P<path>[^`]*)`)?$", re.DOTALL)

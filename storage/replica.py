@@ -353,6 +353,10 @@ class Replica:
             | self._counters
         )
 
+    def digest(self, kind: Kind) -> int:
+        """Equal on replicas that hold the same records of `kind`."""
+        return self._spaces[kind].digest()
+
     def bucket_digests(self, kind: Kind) -> tuple[int, ...]:
         """256 XOR digests of entries, by the low byte of the id; equal on replicas that hold the same."""
         return tuple(self._spaces[kind].buckets)
