@@ -61,6 +61,14 @@ def wait_alike(client: gmco.BlockingClient) -> None:
         time.sleep(0.1)
 
 
+def wait_no_primary(client: gmco.BlockingClient) -> None:
+    """Until whoever led has given up for want of a majority."""
+    deadline = time.monotonic() + SETTLE_S
+    while any(row["role"] == "primary" for row in client.shards()["replicas"]):
+        assert time.monotonic() < deadline, "a primary without a majority leads on"
+        time.sleep(0.1)
+
+
 def check_one_primary(daemons: list[Daemon]) -> int:
     """By the logs: who opened which epoch. Returns how many were opened."""
     opened: dict[tuple[int, int], set[str]] = defaultdict(set)
@@ -163,8 +171,9 @@ def test_failover_moves_a_shard_and_force_says_what_it_may_lose(tmp_path: Path) 
         for daemon in daemons[1:]:
             daemon.kill()
         with pytest.raises(gmco.GmcoError) as caught:
-            client.put_items([gmco.Item(1, [1.0] * DIM, (), {})], timeout_s=3.0)
-        assert caught.value.code in ("no_primary", "no_lease", "outcome_unknown", "deadline_exceeded")
+            client.put_items([gmco.Item(1, [1.0] * DIM, (), {})], ack="quorum", timeout_s=3.0)
+        assert caught.value.code in ("no_primary", "no_lease", "ack_timeout", "outcome_unknown", "deadline_exceeded")
+        wait_no_primary(client)
         assert len(client.search([1.0] * DIM, 10).hits) == 10, "reads go on at the one replica that is left"
         for shard in range(4):
             told = client.failover(shard, to=daemons[0].name, force=True)
