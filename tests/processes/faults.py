@@ -102,7 +102,9 @@ class Nemesis:
         victim = self.random.randrange(len(self.daemons))
         began = time.monotonic()
         fault(victim)
-        self.story.append(f"{fault.__name__[1:]} {self.daemons[victim].name}, {time.monotonic() - began:.1f} s")
+        self.story.append(
+            f"{fault.__name__[1:]} {self.daemons[victim].name}, {time.monotonic() - began:.1f} s"
+        )
         time.sleep(self.random.uniform(0.0, 1.5))
 
     def heal(self) -> None:
