@@ -27,7 +27,7 @@ tells a torn tail from damage (docs/wal.md).
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -204,6 +204,16 @@ def decode(data: bytes | memoryview, offset: int = 0) -> Record:
         epoch, sequence, _new(Version, (epoch_v, sequence_v)), timestamp_ns, write_id, operation, kind, id,
         bytes(data[end:split]), classes, bytes(data[meta:stop]), body_check,
     ))  # fmt: skip
+
+
+def split(data: bytes) -> Iterator[tuple[bytes, Record]]:
+    """Whole records one behind the other, as bytes and as values, each verified. Raises RecordError."""
+    offset = 0
+    while offset < len(data):
+        record = decode(data, offset)
+        end = offset + int.from_bytes(data[offset : offset + 4], "little")
+        yield data[offset:end], record
+        offset = end
 
 
 def fingerprint(data: bytes) -> Fingerprint:
