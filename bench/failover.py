@@ -1,8 +1,8 @@
 """`failover.*`: what clients see when the primary of their shards is killed, and when it hands over.
 
-Three daemons, four shards. Clients that know all nodes write to the shards that the victim leads (one client each, ack=quorum) and
-read everywhere; then `kill -9`. The write gap is the longest time between two acknowledged writes of one client around the kill. A
-planned handover is `gmco failover` of every shard in turn, then SIGTERM and start of each node in turn, under the same load.
+Three daemons, four shards. Clients that know all nodes write to the shards that the victim leads (one client each,
+ack=quorum) and read everywhere; then `kill -9`. The write gap is the longest time between two acknowledged writes of one client
+around the kill. A planned handover is `gmco failover` of every shard in turn, then SIGTERM and start of each node in turn, under the same load.
 
 The peers' figures are cited: Redis Cluster waits `cluster-node-timeout` (15 s by default) before a replica stands, so ≥ 16 s; the
 published design of this system says 5 to 10 s.
@@ -15,6 +15,7 @@ import random
 import shutil
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Client:
     def gap(self, around: float) -> float:
         """The longest time between two answers of which the later came after `around`."""
         times = self.answered
-        return max((b - a for a, b in zip(times, times[1:], strict=False) if b > around), default=math.inf)
+        return max((b - a for a, b in pairwise(times) if b > around), default=math.inf)
 
 
 def ids_of(shards: set[int]) -> list[list[int]]:
@@ -178,7 +179,8 @@ def main() -> None:
                     failed_reads += found["failed_reads"]
                     failed_writes += found["failed_writes"]
                     say(
-                        f"kill {number + 1} of {kills}: {victim}, {len(led)} shards, gap {gaps[-1]:.2f} s, read p99 {normal * 1000:.0f} → {during * 1000:.0f} ms"
+                        f"kill {number + 1} of {kills}: {victim}, {len(led)} shards, gap {gaps[-1]:.2f} s, "
+                        f"read p99 {normal * 1000:.0f} → {during * 1000:.0f} ms"
                     )
                     by_name[victim].start()
                 settle(client)
