@@ -2,7 +2,8 @@
 
 Three daemons, four shards. Clients that know all nodes write to the shards that the victim leads (one client each,
 ack=quorum) and read everywhere; then `kill -9`. The write gap is the longest time between two acknowledged writes of one client
-around the kill. A planned handover is `gmco failover` of every shard in turn, then SIGTERM and start of each node in turn, under the same load.
+around the kill. A planned handover is `gmco failover` of every shard in turn, then SIGTERM and start of each node in turn, under
+the same load.
 
 The peers' figures are cited: Redis Cluster waits `cluster-node-timeout` (15 s by default) before a replica stands, so ≥ 16 s; the
 published design of this system says 5 to 10 s.
