@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -119,6 +121,23 @@ def test_errors_are_one_line_and_an_exit_code(
     assert out == ""
     assert err.startswith(said)
     assert err.count("\n") == 1
+
+
+def test_a_node_that_is_silent_is_a_timeout_and_one_that_is_away_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # the system takes the connection, and nobody answers
+        url = f"ws://127.0.0.1:{silent.getsockname()[1]}"
+        assert run("status", "--node", url, "--timeout", "0.2") == 7
+        assert capsys.readouterr().err.startswith("error[deadline_exceeded]: no node can be reached: ws://")
+    begin = time.monotonic()
+    assert run("status", "--node", NOWHERE) == 3
+    assert time.monotonic() - begin < 2
+    assert capsys.readouterr().err == (
+        f"error[unavailable]: no node can be reached: {NOWHERE}: connection refused\n"
+    )
 
 
 @pytest.mark.parametrize(
