@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from storage.records import Version
 
-
 # So much longer the others wait for a shard's first voter to open its first epoch.
 FOUNDING_S = 5.0
 
