@@ -55,8 +55,8 @@ class Clock:
 class Willing:
     """Links to voters that are not there: each would promise, and promises, whatever it is asked."""
 
-    def __init__(self, *names: str) -> None:
-        self.names = names
+    def __init__(self, names: Sequence[str], ids: Mapping[str, int]) -> None:
+        self.names, self.ids = names, {**ABSENT, **ids}
         self.failover: Failover | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -76,7 +76,7 @@ class _WillingLink:
             raise PeerGoneError(self._name, "it is not there", sent=False)
         yes = {"ask": "would", "stand": "promise"}
         answers = [
-            [shard, ABSENT[self._name], yes[kind], fields[0]]
+            [shard, self._links.ids[self._name], yes[kind], fields[0]]
             for shard, _, kind, *fields in body
             if kind in yes
         ]
@@ -109,12 +109,14 @@ async def running(
     name: str = "a",
     lead: bool = True,
     keep: bool = False,
+    election: ElectionConfig = BRISK,
+    ids: Mapping[str, int] = {},  # read only
 ) -> AsyncIterator[ShardActor]:
     """One replica with its own election; the other `voters` agree to everything. lead: not before it does. keep: closes the
-    replica at the end, else leaves what a crash would."""
+    replica at the end, else leaves what a crash would. ids: replica ids of the others, where a test has them."""
     replica = opened(path, name)
     kept = Promises(path / "promises", promises.load(path / "promises"), ThreadRunner("promises"))
-    links = Willing(*(one for one in voters if one != name))
+    links = Willing([one for one in voters if one != name], ids)
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(kept.run)
@@ -128,7 +130,7 @@ async def running(
                 log_runner=ThreadRunner("log"),
                 maintenance_runner=InlineRunner(),
                 queue_max=100,
-                election=BRISK,
+                election=election,
                 random=Random(1),
                 now_ns=clock or Clock(),
             )
