@@ -27,7 +27,7 @@ from node.shard import ShardActor
 from router.layout import Placement
 from router.ports import Change, Node, NodeGoneError
 from storage.config import StorageConfig
-from storage.errors import LogGoneError
+from storage.errors import DamagedError, LogGoneError
 from storage.records import EMPTY, Fingerprint, Kind, Operation
 from storage.replica import Replica
 from tests.unit.node.peers import ANY, hello
@@ -213,6 +213,8 @@ class Site:
         self.remote: dict[str, RemoteNode] = {}
         self._scope = trio.CancelScope()
         self._stopped = trio.Event()
+        # Damage ends a node's process; only where a test brings it about.
+        self.mortal = False
 
     @property
     def leads(self) -> bool:
@@ -259,6 +261,9 @@ class Site:
                     await nursery.start(self.replicator.run)
                     task_status.started()
                     await trio.sleep_forever()
+        except* DamagedError:
+            if not self.mortal:
+                raise
         finally:
             replica.abort()
             self._stopped.set()
