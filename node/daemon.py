@@ -26,16 +26,18 @@ from node.lane import SearchLane
 from node.links import Links
 from node.local import LocalNode
 from node.members import Members
+from node.offering import Offering
 from node.operations import Operations
 from node.peerlink import Hello, PeerLimits, PeerListener
 from node.promises import Promises
 from node.publishing import Publisher
-from node.remote import handlers
+from node.remote import coded, handlers
 from node.replicator import Replicator
 from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
 from node.shard import ShardActor
 from node.status import READY, Parts, own_status
+from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
 from router.coordinator import Coordinator, RouterConfig
 from router.errors import RequestError
@@ -335,11 +337,15 @@ class Daemon:
             self._name, shards, parts.promises, links, on_change=publisher.tell_shards
         )
         self._handlers["elect"] = failover.on_peer
+        steering = parts.steering = Steering(parts.members, links, shards, failover)
+        self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         await supervisor.start(failover, name="failover")
         for shard, actor in sorted(shards.items()):
             follower = Replicator(actor, links, random.Random())
             parts.replicators[shard] = follower
             await supervisor.start(follower, name=f"follow-{shard:03}")
+        parts.offering = Offering(shards, links, ThreadRunner("tails"))
+        await supervisor.start(parts.offering, name="offering")
         cluster = GossipCluster(
             parts.members, placements, local, links, shards, parts.replicators, parts.flags
         )

@@ -9,9 +9,10 @@ import structlog
 
 from node.history import History
 from node.keyrings import Keyrings
-from node.status import Parts, whole_status
+from node.status import Parts, own_status, whole_status
+from node.steering import Steering
 from router.errors import RequestError
-from router.operating import Events, ForgetNode, Keyring, Operating, Status
+from router.operating import Events, FailOver, ForgetNode, Keyring, Operating, Shards, Status
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +34,23 @@ class Operations:
                 return self._forget(name)
             case Keyring():
                 return self._keyrings.apply(request)
+            case Shards():
+                return self._shards()
+            case FailOver():
+                return self._steering().apply(request)
+
+    def _steering(self) -> Steering:
+        if self._parts.steering is None:
+            raise RequestError(
+                "unavailable", f"{self._parts.name} is not ready: {self._parts.state}; ask another node"
+            )
+        return self._parts.steering
+
+    async def _shards(self) -> dict[str, Any]:
+        others = await self._steering().shards()
+        own = [{**row, "node": self._parts.name} for row in own_status(self._parts)["shards"]]
+        rows = sorted(own + others["replicas"], key=lambda row: (row["shard"], row["node"]))
+        return {"replicas": rows, "silent": others["silent"]}
 
     async def _events(self, after: int, wait_s: float) -> dict[str, Any]:
         found = await self._history.read(after, wait_s)

@@ -180,7 +180,7 @@ def handlers(
         if actor is None:
             raise RemoteError("no_primary", f"shard {shard} is not on this node")
         try:
-            _, offered = split(data)
+            offered = [record for _, record in split(data)]
             aside = await actor.offer(offered, left_ms / 1000)
         except RecordError as error:
             raise RemoteError("bad_request", f"an offered record is damaged: {error}") from error
@@ -194,17 +194,17 @@ def handlers(
         return status()
 
     return {
-        "search": _coded(search),
-        "get": _coded(get),
-        "score": _coded(score),
-        "write": _coded(write),
-        "pull": _coded(pull),
-        "offer": _coded(offer),
-        "status": _coded(tell_status),
+        "search": coded(search),
+        "get": coded(get),
+        "score": coded(score),
+        "write": coded(write),
+        "pull": coded(pull),
+        "offer": coded(offer),
+        "status": coded(tell_status),
     }
 
 
-def _coded(handler: Callable[[str, Any], Awaitable[Any]]) -> Callable[[str, Any], Awaitable[Any]]:
+def coded(handler: Callable[[str, Any], Awaitable[Any]]) -> Callable[[str, Any], Awaitable[Any]]:
     """A peer of a newer or broken version may send a body that we cannot read: that is its fault, and coded so."""
 
     async def coded(peer: str, body: Any) -> Any:

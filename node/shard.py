@@ -27,7 +27,7 @@ from node.upkeep import Upkeep
 from router.ports import Change, NodeError
 from storage.batch import Batch
 from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError, StorageError
-from storage.records import HEADER_BYTES, Mark, Operation, Record, Version
+from storage.records import HEADER_BYTES, Kind, Mark, Operation, Record, Version
 from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
@@ -488,6 +488,11 @@ class ShardActor:
             self._note_placement()
             self._tell()
             return True
+
+    async def drop_row(self, kind: Kind, id_: int, version: Version) -> None:
+        """A record that was put aside elsewhere: its row, which our cut tail had left here, goes."""
+        async with self._writing:
+            self.replica.drop_row(kind, id_, version)
 
     async def wait_applied(self, epoch: int, sequence: int, timeout_s: float) -> bool:
         """Whether this replica has applied (epoch, sequence) within `timeout_s`.

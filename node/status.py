@@ -18,13 +18,16 @@ from node.health import HealthWatch
 from node.lane import SearchLane
 from node.links import Links
 from node.members import Known, Members
+from node.offering import Offering
 from node.promises import Promises
 from node.replicator import Replicator
 from node.server import AppServer
 from node.shard import ShardActor
+from node.steering import Steering
 from node.supervisor import Supervisor
 from router.coordinator import Coordinator
 from router.layout import Layout
+from storage.records import Kind
 
 READY = "ready"
 
@@ -47,6 +50,8 @@ class Parts:
     guard: LayoutGuard | None = None
     promises: Promises | None = None
     failover: Failover | None = None
+    offering: Offering | None = None
+    steering: Steering | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
@@ -157,6 +162,10 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "items": replica.view.alive_rows,
         "users": numbers.get("users", 0),
         "fresh": replica.fresh_rows(),
+        "digests": {
+            name: f"{replica.digest(kind):016x}"
+            for name, kind in (("items", Kind.ITEM), ("users", Kind.USER))
+        },
         "engine": parts.config.storage.engine,
         "lag": follower.behind if follower else 0,
         "lag_ms": follower.lag_ms if follower else 0,
@@ -170,6 +179,7 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "search": parts.lane.statistics() if parts.lane else {},
         "router": parts.coordinator.statistics() if parts.coordinator else {},
         "elections": dict(parts.failover.counters) if parts.failover else {},
+        "tails": dict(parts.offering.counters) if parts.offering else {},
         "writes": _sum([actor.counters for actor in parts.shards.values()]),
         "gossip": asdict(parts.agent.statistics()),
         "crashes": sum(one.crashes for one in parts.supervisor.statistics()),

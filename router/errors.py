@@ -26,6 +26,7 @@ Code = Literal[
     "replica_stopped",
     "no_lease",
     "no_primary",
+    "no_successor",
     "ack_timeout",
     "outcome_unknown",
     "deadline_exceeded",

@@ -41,7 +41,26 @@ class Keyring:
     timeout_ms: float | None
 
 
-Operating = Status | Events | ForgetNode | Keyring
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Every replica of every node."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailOver:
+    """Another node shall lead the shard: `to`, or the one that has most of it. force: without a majority of its voters.
+
+    confirmed: with force; without it only what would be lost is told.
+    """
+
+    shard: int
+    to: str
+    force: bool
+    confirmed: bool
+    timeout_ms: float | None
+
+
+Operating = Status | Events | ForgetNode | Keyring | Shards | FailOver
 STATUS = Status()
 
 
@@ -90,9 +109,26 @@ def _key(raw: Any) -> bytes:
     return raw
 
 
+def _shards(fields: dict[str, Any]) -> Shards:
+    if fields:
+        shapes.convert(fields, shapes.NothingFields)
+    return Shards()
+
+
+def _fail_over(fields: dict[str, Any]) -> FailOver:
+    raw = shapes.convert(fields, shapes.FailOverFields)
+    if raw.force and not raw.to:
+        raise RequestError("missing_field", "force needs to: the node that shall lead", "to")
+    if raw.confirmed and not raw.force:
+        raise RequestError("bad_request", "only force is to be confirmed", "confirmed")
+    return FailOver(raw.shard, raw.to, raw.force, raw.confirmed, raw.timeout_ms)
+
+
 PARSERS: dict[str, Callable[[dict[str, Any]], Operating]] = {
     "status": _status,
     "events": _events,
     "forget_node": _forget_node,
     "keyring": _keyring,
+    "shards": _shards,
+    "failover": _fail_over,
 }
