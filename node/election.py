@@ -415,6 +415,10 @@ class Election:
 
     # -- handing over -----------------------------------------------------------------------------------------------
 
+    @property
+    def resigned(self) -> bool:
+        return self._resigned
+
     def resign(self) -> None:
         """No write is begun or acknowledged any more, so that the successor's log can become whole."""
         assert self.role is Role.PRIMARY

@@ -11,7 +11,13 @@ import trio
 
 from node import replication
 from node.links import Links
-from node.peerlink import PeerGoneError, PeerTimeoutError, RemoteError
+from node.peerlink import (
+    PeerGoneError,
+    PeerOverloadedError,
+    PeerTimeoutError,
+    PeerTooLargeError,
+    RemoteError,
+)
 from node.pulls import Forked, NotPrimary, Pull, Streamed, read_answer
 from node.shard import ShardActor
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError
@@ -85,6 +91,9 @@ class Replicator:
                 if error.code == "diverged":
                     await self._stop_for_good(primary, error.message)
                 self._say(f"refused: {error.code}", error.message)
+                await self._back_off()
+            except (PeerOverloadedError, PeerTooLargeError) as error:
+                self._say(f"stuck: {error.code}", str(error))
                 await self._back_off()
             except (DiskFullError, LogGoneError) as error:
                 self._say(f"stuck: {error.code}", str(error))

@@ -234,6 +234,16 @@ class ShardActor:
         self._tell_moved()
         self._tell()
 
+    def resume(self) -> None:
+        """The successor did not come level: write on."""
+        self.election.resume()
+        self._tell()
+
+    @property
+    def end(self) -> int:
+        """The last sequence of our log, bytes that are being written included."""
+        return self._end.sequence
+
     def not_primary(self) -> NodeError:
         known = f"; its primary is {self.hint[1]}" if self.hint[1] not in ("", self.name) else ""
         return NodeError("no_primary", f"shard {self.shard} is not written through {self.name}{known}")
@@ -278,11 +288,14 @@ class ShardActor:
             with trio.move_on_at(until) as scope:
                 await self._changed.wait()
             if scope.cancelled_caught:
-                raise NodeError(
-                    "no_lease",
-                    f"the primary of shard {self.shard} has not been heard by a majority of its voters",
-                    50,
-                )
+                raise self._no_lease()
+
+    def _no_lease(self) -> NodeError:
+        return NodeError(
+            "no_lease",
+            f"the primary of shard {self.shard} has not been heard by a majority of its voters",
+            50,
+        )
 
     async def acknowledged(self, at: Version, ack: Ack, deadline: float) -> None:
         """Returns when everything up to `at` is as durable as `ack` asks, and the lease holds then. Raises NodeError."""
@@ -332,7 +345,10 @@ class ShardActor:
         """One group commit: sequences given, one append with one durable write, then applied, then answered."""
         async with self._writing:
             if self.reign is None:
-                return [self.not_primary()] * len(items)
+                return [self.not_primary() for _ in items]
+            if not self.election.may_acknowledge(trio.current_time()):
+                # Handing over, say: what is begun now would be a tail that the successor does not have.
+                return [self._no_lease() for _ in items]
             # Never back: the age of write_ids is counted by these, and a clock that is corrected must not age them all.
             self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
             made = batching.make(self.replica, items, self.reign.epoch, self._newest_ns)
@@ -344,6 +360,9 @@ class ShardActor:
                     self.counters["refused"] += len(items)
                     refused = _refusal(error, was_stopped=self._stopped)
                     self._stopped = self._stopped or isinstance(error, ReplicaStoppedError)
+                    if self._stopped and len(self.placement.voters) > 1:
+                        # Its pulls would be answered and its lease kept, and nothing be written, for ever.
+                        self.act(self, self.election.give_up(str(error), trio.current_time()))
                     # What was answered from the log already needs no disk.
                     applied = self.replica.position
                     return [

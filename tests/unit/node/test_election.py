@@ -92,7 +92,7 @@ def test_a_promise_that_is_still_being_written_binds_already() -> None:
 def test_a_log_that_ends_earlier_gets_no_promise() -> None:
     for shorter in (Version(1, 4), Version(0, 99)):
         (answer,) = told(replica().on_message("a", Stand(2, shorter), 10.0))
-        assert answer == Refuse(2, 0, "log")
+        assert answer == Refuse(2, 1, "log"), "and it hears of the epoch that our log is in"
     assert replica().on_message("a", Stand(2, Version(2, 1)), 10.0) == [Persist(2)]
 
 
@@ -180,4 +180,4 @@ def test_a_learner_neither_votes_nor_stands() -> None:
     one = replica("d")
     assert one.on_timer(1_000.0) == []
     (answer,) = told(one.on_message("a", Stand(2, Version(9, 9)), 10.0))
-    assert answer == Refuse(2, 0, "learner")
+    assert answer == Refuse(2, 1, "learner")
