@@ -25,6 +25,7 @@ from node.lane import SearchLane
 from node.links import Links
 from node.local import LocalNode
 from node.members import Members
+from node.mover import Mover
 from node.offering import Offering
 from node.operations import Operations
 from node.peerlink import Hello, PeerLimits, PeerListener
@@ -298,6 +299,12 @@ class Daemon:
         for shard in sorted(shards):
             await holdings.start(shard, failover)
         self._handlers["elect"] = failover.on_peer
+        wish = {one.shard: one.voters for one in placements.values()}
+        mover = parts.mover = Mover(
+            holdings, failover, parts.members, links, lambda shard: wish.get(shard, ())
+        )
+        self._handlers |= {"bring": mover.on_bring, "dismiss": mover.on_dismiss}
+        await supervisor.start(mover, name="mover")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
         cluster = GossipCluster(

@@ -19,6 +19,7 @@ from node.holdings import Holdings
 from node.lane import SearchLane
 from node.links import Links
 from node.members import Known, Members
+from node.mover import Mover
 from node.offering import Offering
 from node.promises import Promises
 from node.replicator import Replicator
@@ -52,6 +53,7 @@ class Parts:
     failover: Failover | None = None
     offering: Offering | None = None
     steering: Steering | None = None
+    mover: Mover | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
@@ -178,6 +180,8 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "lag": follower.behind if follower else 0,
         "lag_ms": follower.lag_ms if follower else 0,
         "state": follower.state if follower else "starting",
+        "learners": [name for name, _ in actor.placement.learners],
+        "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
     }
 
 
