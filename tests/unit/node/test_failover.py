@@ -138,6 +138,29 @@ async def test_when_the_primary_is_cut_off_another_leads_and_the_old_one_acknowl
 
 
 @on_trio
+async def test_a_primary_that_comes_back_cuts_what_nobody_else_has_keeps_it_aside_and_follows(
+    tmp_path: Path,
+) -> None:
+    async with three(tmp_path) as world:
+        old = world.leaders()[0]
+        await old.actor.write([change(1)], "all", b"1" * 16, 2.0)
+        world.cut(old.name)
+        # Its lease lasts a little, so its own disk takes these.
+        for i in range(5):
+            await old.actor.write([change(100 + i)], "primary", bytes([i]) * 16, 2.0)
+        new = await world.leader(4.0, among=[n for n in world.names if n != old.name])
+        await new.actor.write([change(2)], "quorum", b"2" * 16, 2.0)
+        await world.join()
+        await world.level()
+        assert not old.leads
+        assert old.actor.counters["cuts"] >= 1
+        (tail,) = old.actor.replica.side_files()
+        assert tail.records == 5
+        assert await new.actor.write([change(3)], "all", b"3" * 16, 3.0)
+        assert old.actor.replica.get(Kind.ITEM, 2) is not None
+
+
+@on_trio
 async def test_a_new_primary_has_every_write_that_a_quorum_acknowledged(tmp_path: Path) -> None:
     async with three(tmp_path) as world:
         old = world.leaders()[0]
