@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,6 +18,7 @@ from node.facts import Health
 from node.failover import Failover
 from node.health import HealthWatch, Watched
 from node.history import History
+from node.holdings import Holdings
 from node.identity import DataDirectory, Identity
 from node.keyrings import Keyrings
 from node.lane import SearchLane
@@ -32,10 +31,8 @@ from node.peerlink import Hello, PeerLimits, PeerListener
 from node.promises import Promises
 from node.publishing import Publisher
 from node.remote import coded, handlers
-from node.replicator import Replicator
 from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
-from node.shard import ShardActor
 from node.status import READY, Parts, own_status
 from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
@@ -45,11 +42,9 @@ from router.layout import Layout, Placement
 from router.operating import Operating
 from router.requests import Limits, Request
 from storage.errors import DamagedError, ForeignDataError
-from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
 
-OPENING_AT_ONCE = 2
 STOP_S = 30.0
 # Peers' writes under way get this long; their pulls wait at most a second by themselves.
 PEER_GRACE_S = 2.0
@@ -115,7 +110,6 @@ class Daemon:
         if layout is not None:
             forming.tell(members, layout)
         history = History(members)
-        shards: dict[int, ShardActor] = {}
         try:
             async with trio.open_nursery() as nursery:
                 supervisor = Supervisor(nursery, policy=POLICY)
@@ -128,7 +122,6 @@ class Daemon:
                     supervisor=supervisor,
                     links=links,
                     server=self._app_server(),
-                    shards=shards,
                 )
                 self._operations = Operations(self._parts, history, self._keyrings())
                 nursery.start_soon(self._stop_on_signals)
@@ -148,7 +141,10 @@ class Daemon:
             with trio.CancelScope(shield=True):
                 # Also when it is an error that ends us: keepalives are over, and the watchdog must be, too.
                 notifier.stopping("closing shards")
-                await _close(shards, notifier)
+                if self._parts.holdings is not None:
+                    await self._parts.holdings.close(
+                        lambda shard: notifier.extend_timeout(SHARD_S, f"closed shard {shard}")
+                    )
         log.info("stopped", node=self._name)
 
     async def _wind_down(self, notifier: notify.Notifier, listener: PeerListener, history: History) -> None:
@@ -241,10 +237,14 @@ class Daemon:
         placements = {one.shard: one for one in layout.placements()}
         thread = await stack.enter_async_context(DedicatedThread("promises"))
         path = directory.path / "promises"
-        parts.promises = Promises(path, await thread(promises.load, path), thread)
-        await parts.supervisor.start(parts.promises, name="promises")
-        logs = await self._open_shards(directory, placements, notifier, stack)
-        await self._start(placements, logs, stack)
+        kept = Promises(path, await thread(promises.load, path), thread)
+        await parts.supervisor.start(kept, name="promises")
+        parts.promises = kept
+        parts.holdings = Holdings(
+            self._config, directory.path, directory.identity.node_id, kept, parts.supervisor, parts.links
+        )
+        await self._open_shards(placements, notifier)
+        await self._start(placements, stack)
 
     def _say_ready(self, notifier: notify.Notifier) -> None:
         parts = self._parts
@@ -254,107 +254,60 @@ class Daemon:
         )
         notifier.ready(f"serving {len(parts.shards)} shards")
 
-    async def _open_shards(
-        self,
-        directory: DataDirectory,
-        placements: dict[int, Placement],
-        notifier: notify.Notifier,
-        stack: AsyncExitStack,
-    ) -> dict[int, DedicatedThread]:
-        """Recovery, a few shards at a time; nothing is served before all are done. Returns the log threads."""
-        limit = trio.CapacityLimiter(OPENING_AT_ONCE)
-        maintenance = ThreadRunner("maintenance")
-        logs: dict[int, DedicatedThread] = {}
-        mine = [one for one in placements.values() if self._name in one.voters]
+    async def _open_shards(self, placements: dict[int, Placement], notifier: notify.Notifier) -> None:
+        """Recovery, a few shards at a time; nothing is served before all are done. Those that lie here are opened, too, whoever
+        is to hold them: what they have may be wanted."""
+        holdings = self._parts.holdings
+        assert holdings is not None
+        mine = {one.shard: one.voters for one in placements.values() if self._name in one.voters}
+        mine |= {shard: () for shard in holdings.on_disk() if shard not in mine}
 
-        async def open_one(placement: Placement) -> None:
-            shard = placement.shard
-            replica = await trio.to_thread.run_sync(
-                partial(
-                    Replica.open,
-                    directory.path / f"shard-{shard:03}",
-                    shard=shard,
-                    node_id=directory.identity.node_id,
-                    config=self._config.storage,
-                ),
-                limiter=limit,
-            )
-            promised, owes = await self._promised(replica)
-            logs[shard] = await stack.enter_async_context(DedicatedThread(f"wal-{shard}"))
-            self._parts.shards[shard] = ShardActor(
-                replica,
-                placement.voters,
-                name=self._name,
-                promised=promised,
-                owes=owes,
-                log_runner=logs[shard],
-                maintenance_runner=maintenance,
-                queue_max=self._config.limits.write_queue,
-            )
-            log.info("recovered", shard=shard, **asdict(replica.recovery))
-            notifier.extend_timeout(SHARD_S, f"recovered {len(self._parts.shards)} of {len(mine)} shards")
+        async def open_one(shard: int, founders: Sequence[str]) -> None:
+            await holdings.open(shard, founders)
+            notifier.extend_timeout(SHARD_S, f"recovered {len(holdings.actors)} of {len(mine)} shards")
 
         async with trio.open_nursery() as nursery:
-            for placement in mine:
-                nursery.start_soon(open_one, placement)
-        return logs
+            for shard, founders in mine.items():
+                nursery.start_soon(open_one, shard, founders)
 
-    async def _promised(self, replica: Replica) -> tuple[int, bool]:
-        """What this replica has promised, and whether it may be bound by a lease. Of one that cannot know what it promised, a new
-        id is made: it votes again when a primary has let it in under that."""
-        kept = self._parts.promises
-        assert kept is not None
-        promised = kept.of(replica.shard, replica.replica_id)
-        if promised is not None:
-            return promised, True
-        if replica.position.sequence:
-            log.warning("promises lost", shard=replica.shard)
-            await trio.to_thread.run_sync(replica.renew_replica_id)
-        await kept.keep(replica.shard, replica.replica_id, 0)
-        return 0, False
-
-    async def _start(
-        self, placements: dict[int, Placement], logs: dict[int, DedicatedThread], stack: AsyncExitStack
-    ) -> None:
+    async def _start(self, placements: dict[int, Placement], stack: AsyncExitStack) -> None:
         """Everything that serves, in the order in which one needs the other."""
         parts, config = self._parts, self._config
-        supervisor, links, shards = parts.supervisor, parts.links, parts.shards
+        supervisor, links, holdings = parts.supervisor, parts.links, parts.holdings
         assert parts.layout is not None
+        assert parts.promises is not None
+        assert holdings is not None
+        shards = holdings.actors
         lane_thread = await stack.enter_async_context(DedicatedThread("search"))
         lane = parts.lane = SearchLane(lane_thread, queue_max=config.limits.requests_in_flight)
         await supervisor.start(lane, name="search-lane")
-        for shard, actor in sorted(shards.items()):
-            await supervisor.start(actor, name=f"shard-{shard:03}")
         for member in parts.layout.members:
             if member.name != self._name:
                 await links.add(member.name)
         await supervisor.start(links, name="links")
-        local = LocalNode(shards, parts.replicators, lane, len(placements))
+        local = LocalNode(shards, holdings.replicators, lane, len(placements))
         self._handlers.update(handlers(local, shards, lambda: own_status(parts)))
-        publisher = Publisher(parts.agent, shards, parts.replicators, lane, lane_thread.statistics)
-        assert parts.promises is not None
+        publisher = Publisher(parts.agent, shards, holdings.replicators, lane, lane_thread.statistics)
+        holdings.changed = publisher.tell_shards
         failover = parts.failover = Failover(
             self._name, shards, parts.promises, links, on_change=publisher.tell_shards
         )
-        self._handlers["elect"] = failover.on_peer
         steering = parts.steering = Steering(parts.members, links, shards, failover)
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         await supervisor.start(failover, name="failover")
-        for shard, actor in sorted(shards.items()):
-            follower = Replicator(actor, links, random.Random())
-            parts.replicators[shard] = follower
-            await supervisor.start(follower, name=f"follow-{shard:03}")
+        for shard in sorted(shards):
+            await holdings.start(shard, failover)
+        self._handlers["elect"] = failover.on_peer
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
         cluster = GossipCluster(
-            parts.members, placements, local, links, shards, parts.replicators, parts.flags
+            parts.members, placements, local, links, shards, holdings.replicators, parts.flags
         )
         parts.coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
-        watched = [
-            Watched(Health.DISK, f"the log of shard {s}", t.statistics) for s, t in sorted(logs.items())
-        ]
-        watched.append(Watched(Health.DEVICE, "the search lane", lane_thread.statistics))
-        parts.health = publisher.health = HealthWatch(watched, publisher.on_health)
+        device = Watched(Health.DEVICE, "the search lane", lane_thread.statistics)
+        parts.health = publisher.health = HealthWatch(
+            lambda: [*holdings.watched(), device], publisher.on_health
+        )
         await supervisor.start(parts.health, name="health")
         await supervisor.start(publisher, name="publisher")
         publisher.tell_shards()
@@ -388,13 +341,3 @@ class Daemon:
         if parts.coordinator is None or parts.state != READY:
             raise RequestError("unavailable", f"{self._name} is not ready: {parts.state}; ask another node")
         return parts.coordinator.handle(request)
-
-
-async def _close(shards: dict[int, ShardActor], notifier: notify.Notifier) -> None:
-    async def close_one(actor: ShardActor) -> None:
-        await trio.to_thread.run_sync(actor.replica.close)
-        notifier.extend_timeout(SHARD_S, f"closed shard {actor.shard}")
-
-    async with trio.open_nursery() as nursery:
-        for actor in shards.values():
-            nursery.start_soon(close_one, actor)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +15,7 @@ from node.facts import Health
 from node.failover import Failover
 from node.forming import LayoutGuard
 from node.health import HealthWatch
+from node.holdings import Holdings
 from node.lane import SearchLane
 from node.links import Links
 from node.members import Known, Members
@@ -44,8 +45,7 @@ class Parts:
     links: Links
     server: AppServer
     state: str = "starting"
-    shards: dict[int, ShardActor] = field(default_factory=dict)
-    replicators: dict[int, Replicator] = field(default_factory=dict)
+    holdings: Holdings | None = None
     layout: Layout | None = None
     guard: LayoutGuard | None = None
     promises: Promises | None = None
@@ -55,6 +55,14 @@ class Parts:
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
+
+    @property
+    def shards(self) -> Mapping[int, ShardActor]:
+        return self.holdings.actors if self.holdings is not None else {}
+
+    @property
+    def replicators(self) -> Mapping[int, Replicator]:
+        return self.holdings.replicators if self.holdings is not None else {}
 
     @property
     def name(self) -> str:
