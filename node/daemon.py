@@ -13,21 +13,24 @@ from typing import Any, NoReturn
 import structlog
 import trio
 
-from node import facts, forming, joining, layoutfile, notify
+from node import facts, forming, inforce, joining, layoutfile, notify
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
 from node.facts import Health
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.identity import DataDirectory, Identity
+from node.inforce import InForce
 from node.keyrings import Keyrings
 from node.lane import SearchLane
+from node.layouts import Layouts, disk_sizes
 from node.links import Links
 from node.local import LocalNode
 from node.members import Members
 from node.operations import Operations
 from node.peerlink import Hello, PeerLimits, PeerListener
 from node.publishing import Publisher
+from node.registers import open_register
 from node.remote import handlers
 from node.replicator import Replicator
 from node.routing import GossipCluster
@@ -126,7 +129,15 @@ class Daemon:
                     server=self._app_server(),
                     shards=shards,
                 )
-                self._operations = Operations(self._parts, history, self._keyrings())
+                self._founding = forming.Founding()
+                self._layouts = Layouts(
+                    directory.path,
+                    members,
+                    links,
+                    self._founding,
+                    partial(disk_sizes, directory.path, shards),
+                )
+                self._operations = Operations(self._parts, history, self._keyrings(), self._layouts)
                 nursery.start_soon(self._stop_on_signals)
                 nursery.start_soon(notifier.run)
                 nursery.start_soon(self._end_when_superseded)
@@ -227,14 +238,30 @@ class Daemon:
 
         if layout is None:
             path = directory.path / "layout"
-            layout = await forming.form(parts.members, path, self._config.cluster.id, say)
+            layout = await forming.form(parts.members, path, self._config.cluster.id, self._founding, say)
         parts.layout = layout
         parts.guard = forming.LayoutGuard(parts.members, layout)
+        cluster = self._config.cluster.id
+        placements = await inforce.find(directory.path, cluster, layout, parts.members, parts.links, say)
+        await self._take_part(directory, layout, placements)
         parts.state = "recovering shards"
         notifier.status(parts.state)
-        placements = {one.shard: one for one in layout.placements()}
         logs = await self._open_shards(directory, placements, notifier, stack)
         await self._start(placements, logs, stack)
+
+    async def _take_part(self, directory: DataDirectory, layout: Layout, placements: InForce) -> None:
+        """From here on this node has a part in what follows the layout. Raises StorageError, OSError."""
+        parts = self._parts
+        register = await open_register(
+            directory.path, self._config.cluster.id, parts.members, parts.links, layout
+        )
+        assert parts.guard is not None
+        register.watch += [parts.go_by, parts.guard.go_by]
+        self._layouts.register = register
+        self._handlers["register"] = register.handle_peer
+        self._handlers["sizes"] = self._layouts.handle_sizes
+        self._handlers["placements"] = lambda peer, body: placements.pack()
+        await parts.supervisor.start(register, name="register")
 
     def _say_ready(self, notifier: notify.Notifier) -> None:
         parts = self._parts
@@ -247,7 +274,7 @@ class Daemon:
     async def _open_shards(
         self,
         directory: DataDirectory,
-        placements: dict[int, Placement],
+        placements: InForce,
         notifier: notify.Notifier,
         stack: AsyncExitStack,
     ) -> dict[int, DedicatedThread]:
@@ -287,7 +314,7 @@ class Daemon:
         return logs
 
     async def _start(
-        self, placements: dict[int, Placement], logs: dict[int, DedicatedThread], stack: AsyncExitStack
+        self, placements: InForce, logs: dict[int, DedicatedThread], stack: AsyncExitStack
     ) -> None:
         """Everything that serves, in the order in which one needs the other."""
         parts, config = self._parts, self._config
@@ -298,9 +325,9 @@ class Daemon:
         await supervisor.start(lane, name="search-lane")
         for shard, actor in sorted(shards.items()):
             await supervisor.start(actor, name=f"shard-{shard:03}")
-        for member in parts.layout.members:
-            if member.name != self._name:
-                await links.add(member.name)
+        named = {member.name for member in parts.layout.members}
+        for name in sorted(named.union(*(one.voters for one in placements.values())) - {self._name}):
+            await links.add(name)
         await supervisor.start(links, name="links")
         local = LocalNode(shards, parts.replicators, lane, len(placements))
         self._handlers.update(handlers(local, shards, lambda: own_status(parts)))

@@ -9,9 +9,10 @@ import structlog
 
 from node.history import History
 from node.keyrings import Keyrings
+from node.layouts import Layouts
 from node.status import Parts, whole_status
 from router.errors import RequestError
-from router.operating import Events, ForgetNode, Keyring, Operating, Status
+from router.operating import Cluster, Events, ForgetNode, Keyring, Operating, Status
 
 log = structlog.get_logger(__name__)
 
@@ -19,8 +20,8 @@ log = structlog.get_logger(__name__)
 class Operations:
     """Answers what does not need shards, so that a node that waits can be asked what for."""
 
-    def __init__(self, parts: Parts, history: History, keyrings: Keyrings) -> None:
-        self._parts, self._history, self._keyrings = parts, history, keyrings
+    def __init__(self, parts: Parts, history: History, keyrings: Keyrings, layouts: Layouts) -> None:
+        self._parts, self._history, self._keyrings, self._layouts = parts, history, keyrings, layouts
 
     def handle(self, request: Operating) -> dict[str, Any] | Awaitable[dict[str, Any]]:
         """The reply's fields. Raises RequestError."""
@@ -33,6 +34,8 @@ class Operations:
                 return self._forget(name)
             case Keyring():
                 return self._keyrings.apply(request)
+            case Cluster():
+                return self._layouts.handle(request)
 
     async def _events(self, after: int, wait_s: float) -> dict[str, Any]:
         found = await self._history.read(after, wait_s)

@@ -51,6 +51,10 @@ class Parts:
     def name(self) -> str:
         return self.config.node.name
 
+    def go_by(self, layout: Layout) -> None:
+        """A later layout counts."""
+        self.layout = layout
+
     def flags(self) -> Health:
         return self.health.flags if self.health is not None else Health(0)
 

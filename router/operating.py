@@ -41,7 +41,23 @@ class Keyring:
     timeout_ms: float | None
 
 
-Operating = Status | Events | ForgetNode | Keyring
+ClusterAction = Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What an operator does to the layout (docs/layout.md). values: region, zone, host, capacity, replication, as given."""
+
+    action: ClusterAction
+    node: str
+    values: dict[str, Any]
+    members: tuple[str, ...]
+    hash: str
+    force: bool
+    timeout_ms: float | None
+
+
+Operating = Status | Events | ForgetNode | Keyring | Cluster
 STATUS = Status()
 
 
@@ -90,9 +106,54 @@ def _key(raw: Any) -> bytes:
     return raw
 
 
+# What each action of `cluster` needs, and what it may have besides.
+_PLACES = ("region", "zone", "host", "capacity")
+_CLUSTER_FIELDS: dict[ClusterAction, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "show": ((), ()),
+    "join": (("node",), _PLACES),
+    "leave": (("node",), ()),
+    "set": ((), ("node", "replication", *_PLACES)),
+    "plan": ((), ()),
+    "commit": (("hash",), ()),
+    "revert": ((), ()),
+    "init": ((), ("members",)),
+    "recover": (("force",), ()),
+}
+
+
+def _cluster(fields: dict[str, Any]) -> Cluster:
+    raw = shapes.convert(fields, shapes.ClusterFields)
+    needed, allowed = _CLUSTER_FIELDS[raw.action]
+    given = {
+        name for name in fields if name not in ("action", "timeout_ms") and getattr(raw, name) is not None
+    }
+    for name in needed:
+        if name not in given or getattr(raw, name) is False:
+            raise RequestError("missing_field", f"{raw.action} needs {name}", name)
+    for name in sorted(given.difference(needed, allowed)):
+        raise RequestError("bad_request", f"{raw.action} takes no {name}", name)
+    values = {name: getattr(raw, name) for name in (*_PLACES, "replication") if name in given}
+    if raw.action == "set":
+        whole = "replication" in values
+        if whole == ("node" in given) or (whole and len(values) > 1) or not values:
+            raise RequestError(
+                "bad_request", "set a node's region, zone, host or capacity, or replication alone"
+            )
+    return Cluster(
+        raw.action,
+        raw.node or "",
+        values,
+        tuple(raw.members or ()),
+        raw.hash or "",
+        raw.force,
+        raw.timeout_ms,
+    )
+
+
 PARSERS: dict[str, Callable[[dict[str, Any]], Operating]] = {
     "status": _status,
     "events": _events,
     "forget_node": _forget_node,
     "keyring": _keyring,
+    "cluster": _cluster,
 }
