@@ -70,6 +70,15 @@ class Parts:
     def name(self) -> str:
         return self.config.node.name
 
+    def go_by(self, layout: Layout) -> None:
+        """A later layout counts."""
+        self.layout = layout
+
+    def wish(self, shard: int) -> Sequence[str]:
+        """The voters that the layout wants for that shard, the preferred primary first."""
+        layout = self.layout
+        return layout.wished()[shard] if layout is not None and shard < layout.shard_count else ()
+
     def flags(self) -> Health:
         return self.health.flags if self.health is not None else Health(0)
 
