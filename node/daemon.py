@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import structlog
 import trio
 
+from gossip.effects import Event
 from node import facts, forming, inforce, joining, layoutfile, notify, promises
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
@@ -322,6 +323,7 @@ class Daemon:
         )
         steering = parts.steering = Steering(parts.members, links, shards, failover)
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
+        parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
         await supervisor.start(failover, name="failover")
         for shard in sorted(shards):
             await holdings.start(shard, failover)
@@ -342,6 +344,17 @@ class Daemon:
         await supervisor.start(parts.health, name="health")
         await supervisor.start(publisher, name="publisher")
         publisher.tell_shards()
+
+    def _hear_of_primaries(self, event: Event, failover: Failover) -> None:
+        """Who leads, for those who were away when it was told."""
+        if event.kind == "fact" and event.key != facts.PRIMARIES:
+            return
+        for known in self._parts.members.others():
+            if known.id == event.id and known.alive:
+                for shard, epoch in known.led.items():
+                    actor = self._parts.shards.get(shard)
+                    if actor is not None:
+                        failover.hear(actor, epoch, known.name)
 
     def _app_server(self) -> AppServer:
         config = self._config

@@ -205,8 +205,11 @@ class Election:
 
     def _measure_lease(self) -> None:
         """By our own clock: a majority's newest echo, our own being now."""
-        needed = len(self.voters) // 2 + 1 - (self.name in self.voters)
-        if needed <= 0:
+        if self.name not in self.voters:
+            self._lease_until = -math.inf
+            return
+        needed = len(self.voters) // 2
+        if not needed:
             self._lease_until = math.inf
             return
         others = sorted((self._echoed.get(v, -math.inf) for v in self.voters if v != self.name), reverse=True)
@@ -388,6 +391,13 @@ class Election:
             return []
         released = self.epoch
         return self._step_down(f"epoch {epoch} has been promised", now) + self._stand(now, released)
+
+    def on_leader(self, epoch: int, now: float) -> list[Effect]:
+        """Somebody has opened `epoch`. If it is above ours, that one leads, and we follow."""
+        self.seen = max(self.seen, epoch)
+        if self.role is not Role.PRIMARY or epoch <= self.epoch:
+            return []
+        return self._step_down(f"epoch {epoch} has been opened", now)
 
     def _step_down(self, reason: str, now: float) -> list[Effect]:
         epoch = self.epoch

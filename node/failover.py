@@ -197,10 +197,14 @@ class Failover:
             if actor is None:
                 continue
             if isinstance(message, _Leads):
-                self.act(actor, actor.election.on_higher_epoch(message.epoch, now))
-                actor.hear_of(message.epoch, peer)
+                self.hear(actor, message.epoch, peer)
             else:
                 self._on_message(actor, peer, replica, message, now)
+
+    def hear(self, actor: ShardActor, epoch: int, primary: str) -> None:
+        """That node says, to us or by gossip, that it leads in that epoch."""
+        self.act(actor, actor.election.on_leader(epoch, trio.current_time()))
+        actor.hear_of(epoch, primary)
 
     def _on_message(self, actor: ShardActor, peer: str, replica: int, message: Message, now: float) -> None:
         if actor.founding:
@@ -291,6 +295,12 @@ class Failover:
         self._next[actor.shard] = actor.placement, new
         self.act(actor, actor.election.renew(trio.current_time(), new.names))
         return True
+
+    def force(self, actor: ShardActor, epoch: int) -> None:
+        """Open `epoch` with this replica as the only voter; who else is wished comes back as a learner first."""
+        alone = Placement(((self._name, actor.replica.replica_id),))
+        self._next[actor.shard] = actor.placement, alone
+        self.act(actor, actor.election.force(epoch, trio.current_time()))
 
     def readmit(self, actor: ShardActor, name: str, replica: int) -> None:
         """A voter on a new disk is level: open an epoch that names its new replica."""

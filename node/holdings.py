@@ -82,22 +82,23 @@ class Holdings:
             ),
             limiter=self._limit,
         )
+        thread = DedicatedThread(f"wal-{shard}")
         try:
             promised, owes = await self._promised(replica)
+            actor = ShardActor(
+                replica,
+                founders,
+                name=self._config.node.name,
+                promised=promised,
+                owes=owes,
+                log_runner=thread,
+                maintenance_runner=self._maintenance,
+                queue_max=self._config.limits.write_queue,
+            )
         except BaseException:
             replica.abort()
             raise
-        thread = self._threads[shard] = DedicatedThread(f"wal-{shard}")
-        actor = self.actors[shard] = ShardActor(
-            replica,
-            founders,
-            name=self._config.node.name,
-            promised=promised,
-            owes=owes,
-            log_runner=thread,
-            maintenance_runner=self._maintenance,
-            queue_max=self._config.limits.write_queue,
-        )
+        self._threads[shard], self.actors[shard] = thread, actor
         log.info("recovered", shard=shard, **asdict(replica.recovery))
         return actor
 
