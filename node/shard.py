@@ -98,16 +98,18 @@ class ShardActor:
         self.reign: Reign | None = None
         # Who leads in which epoch, as far as we have heard.
         self.hint: tuple[int, str] = (0, "")
+        voters = self._voters()
         self.election = Election(
             election or ElectionConfig(),
             name,
-            voters=self._voters(),
+            voters=voters,
             promised=promised,
             last=lambda: self._end,
             random=random or Random(),
             now=trio.current_time(),
             founding=self.founding,
-            owes=owes,
+            # Who votes alone has promised its silence to nobody else.
+            owes=owes and voters != (name,),
         )
         # Carry out what the election says, and let a voter on a new disk in again; set by whoever drives it.
         self.act: Callable[[ShardActor, list[Effect]], None] = lambda _actor, _effects: None
