@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from node.failover import Failover
 from router.ports import NodeError
 from storage.batch import Batch
-from storage.records import Mark
+from storage.records import Kind, Mark
 from tests.unit.node.peers import on_trio
 from tests.unit.node.voters import Willing, change, leading, running
 
@@ -119,6 +119,24 @@ async def test_a_placement_that_was_not_opened_is_not_opened_later(tmp_path: Pat
         failover._links = links
         await leading(actor)
         assert actor.placement == newer
+
+
+@on_trio
+async def test_the_only_voter_whose_promises_are_gone_writes_again_when_it_is_forced_to(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as actor:
+        await actor.write([change(1)], "primary", b"1" * 16, 2.0)
+    (tmp_path / "promises").unlink()
+    async with running(tmp_path, lead=False) as actor:
+        await trio.sleep(0.3)
+        assert not actor.leads, "it cannot know what it has promised"
+        actor.act(actor, actor.election.force(1_001, trio.current_time()))
+        await leading(actor)
+        await actor.write([change(2)], "primary", b"2" * 16, 2.0)
+        assert actor.placement.is_voter("a", actor.replica.replica_id)
+        for id_ in (1, 2):
+            assert actor.replica.get(Kind.ITEM, id_) is not None
 
 
 def epoch_record(epoch: int, after: int, placement: bytes) -> tuple[list[bytes], list[Any]]:
