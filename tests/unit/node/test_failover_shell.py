@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio
@@ -11,6 +11,7 @@ import trio.lowlevel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from node.election import Tell, Would
 from node.failover import Failover
 from router.ports import NodeError
 from storage.batch import Batch
@@ -137,6 +138,37 @@ async def test_the_only_voter_whose_promises_are_gone_writes_again_when_it_is_fo
         assert actor.placement.is_voter("a", actor.replica.replica_id)
         for id_ in (1, 2):
             assert actor.replica.get(Kind.ITEM, id_) is not None
+
+
+@on_trio
+async def test_messages_go_on_after_a_crash_in_the_midst_of_sending(tmp_path: Path) -> None:
+    async with running(tmp_path, ("a", "b", "c"), lead=False) as actor:
+        other = Failover("a", {0: actor}, None, Hanging())  # type: ignore[arg-type]
+        for told in (1, 2):
+            with trio.move_on_after(0.02):
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(other.run)
+                    other.act(actor, [Tell("b", Would(told))])
+                    # As a crash: the sender has been started and does not get to the end.
+                    nursery.cancel_scope.cancel()
+        with trio.move_on_after(0.05):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(other.run)
+                other.act(actor, [Tell("b", Would(3))])
+                await trio.sleep(0.02)
+                nursery.cancel_scope.cancel()
+        assert [message[2:] for message in Hanging.sent if message[2] == "would"][-1:] == [["would", 3]]
+
+
+class Hanging(dict[str, Any]):
+    sent: ClassVar[list[Any]] = []
+
+    def __missing__(self, name: str) -> Hanging:
+        return self
+
+    async def call(self, op: str, body: Any, timeout_s: float) -> None:
+        await trio.lowlevel.checkpoint()
+        self.sent.extend(body)
 
 
 def epoch_record(epoch: int, after: int, placement: bytes) -> tuple[list[bytes], list[Any]]:
