@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import structlog
 import trio
 
-from node import facts, forming, joining, layoutfile, notify, promises
+from node import facts, forming, inforce, joining, layoutfile, notify, promises
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
 from node.facts import Health
@@ -20,16 +20,20 @@ from node.health import HealthWatch, Watched
 from node.history import History
 from node.holdings import Holdings
 from node.identity import DataDirectory, Identity
+from node.inforce import InForce
 from node.keyrings import Keyrings
 from node.lane import SearchLane
+from node.layouts import Layouts, disk_sizes
 from node.links import Links
 from node.local import LocalNode
 from node.members import Members
+from node.mover import Mover
 from node.offering import Offering
 from node.operations import Operations
 from node.peerlink import Hello, PeerLimits, PeerListener
 from node.promises import Promises
 from node.publishing import Publisher
+from node.registers import open_register
 from node.remote import coded, handlers
 from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
@@ -38,7 +42,7 @@ from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
 from router.coordinator import Coordinator, RouterConfig
 from router.errors import RequestError
-from router.layout import Layout, Placement
+from router.layout import Layout
 from router.operating import Operating
 from router.requests import Limits, Request
 from storage.errors import DamagedError, ForeignDataError
@@ -123,7 +127,15 @@ class Daemon:
                     links=links,
                     server=self._app_server(),
                 )
-                self._operations = Operations(self._parts, history, self._keyrings())
+                self._founding = forming.Founding()
+                self._layouts = Layouts(
+                    directory.path,
+                    members,
+                    links,
+                    self._founding,
+                    lambda: disk_sizes(directory.path, self._parts.shards),
+                )
+                self._operations = Operations(self._parts, history, self._keyrings(), self._layouts)
                 nursery.start_soon(self._stop_on_signals)
                 nursery.start_soon(notifier.run)
                 nursery.start_soon(self._end_when_superseded)
@@ -229,12 +241,14 @@ class Daemon:
 
         if layout is None:
             path = directory.path / "layout"
-            layout = await forming.form(parts.members, path, self._config.cluster.id, say)
+            layout = await forming.form(parts.members, path, self._config.cluster.id, self._founding, say)
         parts.layout = layout
         parts.guard = forming.LayoutGuard(parts.members, layout)
+        cluster = self._config.cluster.id
+        placements = await inforce.find(directory.path, cluster, layout, parts.members, parts.links, say)
+        await self._take_part(directory, layout, placements)
         parts.state = "recovering shards"
         notifier.status(parts.state)
-        placements = {one.shard: one for one in layout.placements()}
         thread = await stack.enter_async_context(DedicatedThread("promises"))
         path = directory.path / "promises"
         kept = Promises(path, await thread(promises.load, path), thread)
@@ -246,6 +260,20 @@ class Daemon:
         await self._open_shards(placements, notifier)
         await self._start(placements, stack)
 
+    async def _take_part(self, directory: DataDirectory, layout: Layout, placements: InForce) -> None:
+        """From here on this node has a part in what follows the layout. Raises StorageError, OSError."""
+        parts = self._parts
+        register = await open_register(
+            directory.path, self._config.cluster.id, parts.members, parts.links, layout
+        )
+        assert parts.guard is not None
+        register.watch += [parts.go_by, parts.guard.go_by]
+        self._layouts.register = register
+        self._handlers["register"] = register.handle_peer
+        self._handlers["sizes"] = self._layouts.handle_sizes
+        self._handlers["placements"] = lambda peer, body: placements.pack()
+        await parts.supervisor.start(register, name="register")
+
     def _say_ready(self, notifier: notify.Notifier) -> None:
         parts = self._parts
         parts.state = READY
@@ -254,7 +282,7 @@ class Daemon:
         )
         notifier.ready(f"serving {len(parts.shards)} shards")
 
-    async def _open_shards(self, placements: dict[int, Placement], notifier: notify.Notifier) -> None:
+    async def _open_shards(self, placements: InForce, notifier: notify.Notifier) -> None:
         """Recovery, a few shards at a time; nothing is served before all are done. Those that lie here are opened, too, whoever
         is to hold them: what they have may be wanted."""
         holdings = self._parts.holdings
@@ -270,7 +298,7 @@ class Daemon:
             for shard, founders in mine.items():
                 nursery.start_soon(open_one, shard, founders)
 
-    async def _start(self, placements: dict[int, Placement], stack: AsyncExitStack) -> None:
+    async def _start(self, placements: InForce, stack: AsyncExitStack) -> None:
         """Everything that serves, in the order in which one needs the other."""
         parts, config = self._parts, self._config
         supervisor, links, holdings = parts.supervisor, parts.links, parts.holdings
@@ -281,9 +309,9 @@ class Daemon:
         lane_thread = await stack.enter_async_context(DedicatedThread("search"))
         lane = parts.lane = SearchLane(lane_thread, queue_max=config.limits.requests_in_flight)
         await supervisor.start(lane, name="search-lane")
-        for member in parts.layout.members:
-            if member.name != self._name:
-                await links.add(member.name)
+        named = {member.name for member in parts.layout.members}
+        for name in sorted(named.union(*(one.voters for one in placements.values())) - {self._name}):
+            await links.add(name)
         await supervisor.start(links, name="links")
         local = LocalNode(shards, holdings.replicators, lane, len(placements))
         self._handlers.update(handlers(local, shards, lambda: own_status(parts)))
@@ -298,6 +326,9 @@ class Daemon:
         for shard in sorted(shards):
             await holdings.start(shard, failover)
         self._handlers["elect"] = failover.on_peer
+        mover = parts.mover = Mover(holdings, failover, parts.members, links, parts.wish)
+        self._handlers |= {"bring": mover.on_bring, "dismiss": mover.on_dismiss}
+        await supervisor.start(mover, name="mover")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
         cluster = GossipCluster(

@@ -277,13 +277,26 @@ class Failover:
                 if actor.leads:
                     nursery.start_soon(one, actor)
 
+    def change(self, actor: ShardActor, new: Placement) -> bool:
+        """As primary: open an epoch under `new`. False when the present epoch is not settled yet, or the lease is not held:
+        one change at a time (`overlap`)."""
+        reign = actor.reign
+        if reign is None or not actor.settled or not actor.election.may_acknowledge(trio.current_time()):
+            return False
+        log.info(
+            "placement changes",
+            shard=actor.shard,
+            voters=new.names,
+            learners=[name for name, _ in new.learners],
+        )
+        self._next[actor.shard] = actor.placement, new
+        self.act(actor, actor.election.renew(trio.current_time(), new.names))
+        return True
+
     def readmit(self, actor: ShardActor, name: str, replica: int) -> None:
         """A voter on a new disk is level: open an epoch that names its new replica."""
-        now = trio.current_time()
-        if actor.leads and actor.election.may_acknowledge(now):
+        if self.change(actor, actor.placement.replaced(name, replica)):
             log.warning("voter readmitted", shard=actor.shard, voter=name)
-            self._next[actor.shard] = actor.placement, actor.placement.replaced(name, replica)
-            self.act(actor, actor.election.renew(now))
 
 
 def _message(kind: Any, fields: Sequence[Any]) -> Message | _Leads:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import structlog
@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 QUEUE_BYTES_MAX = 64 << 20
 # A new primary has no lease before a majority has pulled from it; a write waits this long for one.
 LEASE_WAIT_S = 1.0
+# A learner this near may become a voter: what is missing comes with its next pull or two.
+LEVEL_RECORDS = 1_000
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +46,8 @@ class Reign:
     epoch: int
     progress: Progress
     ended: str = ""
+    # Where everybody's log ended who has pulled in this epoch and matched, learners and strangers included.
+    heard: dict[str, int] = field(default_factory=dict)
 
 
 class ShardActor:
@@ -244,6 +248,13 @@ class ShardActor:
         """The last sequence of our log, bytes that are being written included."""
         return self._end.sequence
 
+    @property
+    def settled(self) -> bool:
+        """As primary: our epoch's record, and so everything before it, is on a quorum that follows us."""
+        reign = self.reign
+        start = self.replica.epoch_starts.get(reign.epoch) if reign is not None else None
+        return reign is not None and start is not None and reign.progress.reached("quorum") >= start
+
     def not_primary(self) -> NodeError:
         known = f"; its primary is {self.hint[1]}" if self.hint[1] not in ("", self.name) else ""
         return NodeError("no_primary", f"shard {self.shard} is not written through {self.name}{known}")
@@ -434,6 +445,7 @@ class ShardActor:
         elif pull.epoch == reign.epoch and follower in self.placement.names and self._level(pull):
             self.readmit(self, follower, pull.replica)
             return NotPrimary(*self.hint)
+        reign.heard[follower] = pull.named.sequence
         after = pull.named.sequence
         deadline = trio.current_time() + pull.wait_ms / 1000
         while self.replica.position.sequence <= after and not reign.ended:
@@ -450,6 +462,13 @@ class ShardActor:
         now = trio.current_time()
         # What the log's thread has just made durable may be in `data` before the loop has applied it.
         return Streamed(reign.epoch, now, self.replica.logged, reign.progress.lag_ms(after, now), data)
+
+    def is_level(self, name: str) -> bool:
+        """As primary: that follower has all that we have, or is as good as there."""
+        reign = self.reign
+        return (
+            reign is not None and reign.heard.get(name, -1) >= self.replica.position.sequence - LEVEL_RECORDS
+        )
 
     def _level(self, pull: Pull) -> bool:
         return pull.named.sequence >= self.replica.position.sequence

@@ -19,6 +19,7 @@ from node.holdings import Holdings
 from node.lane import SearchLane
 from node.links import Links
 from node.members import Known, Members
+from node.mover import Mover
 from node.offering import Offering
 from node.promises import Promises
 from node.replicator import Replicator
@@ -52,6 +53,7 @@ class Parts:
     failover: Failover | None = None
     offering: Offering | None = None
     steering: Steering | None = None
+    mover: Mover | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
@@ -67,6 +69,15 @@ class Parts:
     @property
     def name(self) -> str:
         return self.config.node.name
+
+    def go_by(self, layout: Layout) -> None:
+        """A later layout counts."""
+        self.layout = layout
+
+    def wish(self, shard: int) -> Sequence[str]:
+        """The voters that the layout wants for that shard, the preferred primary first."""
+        layout = self.layout
+        return layout.wished()[shard] if layout is not None and shard < layout.shard_count else ()
 
     def flags(self) -> Health:
         return self.health.flags if self.health is not None else Health(0)
@@ -178,6 +189,8 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "lag": follower.behind if follower else 0,
         "lag_ms": follower.lag_ms if follower else 0,
         "state": follower.state if follower else "starting",
+        "learners": [name for name, _ in actor.placement.learners],
+        "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
     }
 
 

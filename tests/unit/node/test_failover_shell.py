@@ -107,6 +107,8 @@ async def test_a_placement_that_was_not_opened_is_not_opened_later(tmp_path: Pat
         links = failover._links
         failover._links = {}  # type: ignore[assignment]  # nobody hears that it stands
         actor.election.on_echo("c", trio.current_time())
+        assert actor.reign is not None
+        actor.reign.progress.count("c", actor.replica.position.sequence)
         failover.readmit(actor, "b", 0x111)
         await trio.sleep(0.02)
         assert not actor.leads
