@@ -212,6 +212,9 @@ class Election:
         if not needed:
             self._lease_until = math.inf
             return
+        if not self.voters:
+            self._lease_until = -math.inf  # no placement names anybody yet, as far as we know
+            return
         others = sorted((self._echoed.get(v, -math.inf) for v in self.voters if v != self.name), reverse=True)
         self._lease_until = others[needed - 1] + self._config.lease_use * self._config.lease_s
 

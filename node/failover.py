@@ -152,7 +152,8 @@ class Failover:
 
     def _present(self, actor: ShardActor) -> Placement:
         if not actor.founding:
-            return actor.placement
+            # Under another id than it is named by it leads only when it was forced to.
+            return actor.placement.replaced(self._name, actor.replica.replica_id)
         shard = actor.shard
         ids = {name: self._founders.get((shard, name), 0) for name in actor.placement.names}
         ids[self._name] = actor.replica.replica_id

@@ -110,7 +110,8 @@ class Holdings:
             return promised, True
         if replica.position.sequence:
             log.warning("promises lost", shard=replica.shard)
-            await trio.to_thread.run_sync(replica.renew_replica_id)
+        # Of an empty log, too: a founder may have promised the first epoch before a byte of it came.
+        await trio.to_thread.run_sync(replica.renew_replica_id)
         await self._promises.keep(replica.shard, replica.replica_id, 0)
         return 0, False
 

@@ -95,6 +95,9 @@ class Replicator:
             except (PeerOverloadedError, PeerTooLargeError) as error:
                 self._say(f"stuck: {error.code}", str(error))
                 await self._back_off()
+            except ReplicaStoppedError as error:
+                # Never again into the dark: the process stops, loudly, through the supervisor.
+                raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
             except (DiskFullError, LogGoneError) as error:
                 self._say(f"stuck: {error.code}", str(error))
                 await self._back_off()
@@ -213,12 +216,8 @@ class Replicator:
         if isinstance(step, replication.Take):
             # Not level from now on, however long our disk takes.
             self.behind = answer.primary_last - last.sequence
-            try:
-                if not await actor.follow(answer.epoch, blobs, batch):
-                    return
-            except ReplicaStoppedError as error:
-                # Never again into the dark: the process stops, loudly, through the supervisor.
-                raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
+            if not await actor.follow(answer.epoch, blobs, batch):
+                return
         self.state = "following"
         self.behind = max(0, answer.primary_last - actor.replica.position.sequence)
         self._old_ms = answer.lag_ms if self.behind else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from router.ports import NodeError
 from router.writing import Writer
 from storage.errors import ReplicaStoppedError
 from storage.records import Kind, Version
+from storage.replica import Replica
 from tests.unit.node.peers import on_trio, until
 from tests.unit.node.voters import DIM, Site, Trio, View, change, three
 
@@ -176,9 +179,21 @@ async def test_a_new_primary_has_every_write_that_a_quorum_acknowledged(tmp_path
         assert not writers.missing(new)
 
 
+def slow_down(replica: Replica, by_s: float) -> None:
+    append = replica.append
+
+    def slow(blobs: Sequence[bytes], rows: int) -> None:
+        time.sleep(by_s)
+        append(blobs, rows)
+
+    replica.append = slow  # type: ignore[method-assign]
+
+
 @on_trio
 async def test_handing_over_under_writes_loses_none_and_fails_none(tmp_path: Path) -> None:
     async with three(tmp_path) as world:
+        for site in world:
+            slow_down(site.actor.replica, 0.02)  # so that there is always something on its way to a disk
         writers = Writers(*world)
         longest = 0.0
         async with trio.open_nursery() as nursery:
@@ -196,6 +211,7 @@ async def test_handing_over_under_writes_loses_none_and_fails_none(tmp_path: Pat
             writers.done = True
         assert not writers.failed
         assert longest < 1.0, "no lease is waited for"
+        assert not any(site.actor.counters["cuts"] for site in world), "the successor had everything"
         await world.level()
         for site in world:
             assert not writers.missing(site)

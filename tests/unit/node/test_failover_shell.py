@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio
@@ -11,10 +11,11 @@ import trio.lowlevel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from node.election import Tell, Would
 from node.failover import Failover
 from router.ports import NodeError
 from storage.batch import Batch
-from storage.records import Mark
+from storage.records import Kind, Mark
 from tests.unit.node.peers import on_trio
 from tests.unit.node.voters import Willing, change, leading, running
 
@@ -121,6 +122,55 @@ async def test_a_placement_that_was_not_opened_is_not_opened_later(tmp_path: Pat
         failover._links = links
         await leading(actor)
         assert actor.placement == newer
+
+
+@on_trio
+async def test_the_only_voter_whose_promises_are_gone_writes_again_when_it_is_forced_to(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as actor:
+        await actor.write([change(1)], "primary", b"1" * 16, 2.0)
+    (tmp_path / "promises").unlink()
+    async with running(tmp_path, lead=False) as actor:
+        await trio.sleep(0.3)
+        assert not actor.leads, "it cannot know what it has promised"
+        actor.act(actor, actor.election.force(1_001, trio.current_time()))
+        await leading(actor)
+        await actor.write([change(2)], "primary", b"2" * 16, 2.0)
+        assert actor.placement.is_voter("a", actor.replica.replica_id)
+        for id_ in (1, 2):
+            assert actor.replica.get(Kind.ITEM, id_) is not None
+
+
+@on_trio
+async def test_messages_go_on_after_a_crash_in_the_midst_of_sending(tmp_path: Path) -> None:
+    async with running(tmp_path, ("a", "b", "c"), lead=False) as actor:
+        other = Failover("a", {0: actor}, None, Hanging())  # type: ignore[arg-type]
+        for told in (1, 2):
+            with trio.move_on_after(0.02):
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(other.run)
+                    other.act(actor, [Tell("b", Would(told))])
+                    # As a crash: the sender has been started and does not get to the end.
+                    nursery.cancel_scope.cancel()
+        with trio.move_on_after(0.05):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(other.run)
+                other.act(actor, [Tell("b", Would(3))])
+                await trio.sleep(0.02)
+                nursery.cancel_scope.cancel()
+        assert [message[2:] for message in Hanging.sent if message[2] == "would"][-1:] == [["would", 3]]
+
+
+class Hanging(dict[str, Any]):
+    sent: ClassVar[list[Any]] = []
+
+    def __missing__(self, name: str) -> Hanging:
+        return self
+
+    async def call(self, op: str, body: Any, timeout_s: float) -> None:
+        await trio.lowlevel.checkpoint()
+        self.sent.extend(body)
 
 
 def epoch_record(epoch: int, after: int, placement: bytes) -> tuple[list[bytes], list[Any]]:

@@ -26,6 +26,7 @@ from node.replicator import Replicator
 from node.shard import ShardActor
 from router.ports import Change, NodeError, SearchAsk
 from storage.batch import Batch
+from storage.errors import DamagedError, ReplicaStoppedError
 from storage.records import Kind, Operation, Record, Version
 from storage.view import ClassConstraint
 from tests.unit.node.peers import hello, linked, on_trio, until
@@ -149,6 +150,32 @@ async def test_a_follower_of_another_epoch_is_told_where_to_cut(tmp_path: Path) 
             assert cuts[0] == (1, Version(1, 4), Version(1, 6))
             assert primary.reign is not None
             assert primary.reign.progress.holders(5) == 0
+
+
+@on_trio
+@pytest.mark.parametrize("what", ["append", "cut"])
+async def test_a_disk_that_stops_under_a_follower_ends_it_as_damage(tmp_path: Path, what: str) -> None:
+    """What is fatal by the node's policy: anything else would be tried again and again."""
+    async with replica_of("a", tmp_path / "a") as actor, primary_of(tmp_path / "b", actor) as primary:
+        local = LocalNode({0: primary}, {}, None, 1)  # type: ignore[arg-type]
+        async with linked(handlers(local, {0: primary}, dict)) as (link, _):
+            async with pulling(actor, link):
+                await write(primary, 2, 1.0, "all")
+            left = [record(1, 4)]
+            await actor.follow(1, [blob for blob, _ in left], [one for _, one in left])
+
+            def stop(*_: object) -> None:
+                raise ReplicaStoppedError("fdatasync: Input/output error")
+
+            if what == "append":
+                # As far as both go they are the same again.
+                await actor.cut(1, Version(1, 3), Version(1, 4))
+                await write(primary, 3, 2.0)
+            setattr(actor.replica, what, stop)
+            with pytest.raises(ExceptionGroup) as caught:
+                async with pulling(actor, link):
+                    await trio.sleep(3.0)
+            assert caught.group_contains(DamagedError)
 
 
 def record(epoch: int, sequence: int) -> tuple[bytes, Record]:

@@ -327,3 +327,41 @@ def test_a_write_that_is_on_its_way_to_the_disk_when_the_epoch_ends_is_unknown(t
             assert actor.replica.position.sequence >= 2, "what was on its way is in the log all the same"
 
     trio.run(main)
+
+
+def test_a_primary_that_has_resigned_begins_nothing_that_waited(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path, ("a", "b", "c")) as actor, leased(actor, "b"):
+            hold, append = threading.Event(), actor.replica.append
+
+            def slow(blobs: list[bytes], rows: int) -> None:
+                hold.wait(5.0)
+                append(blobs, rows)
+
+            actor.replica.append = slow  # type: ignore[method-assign]
+            codes: list[str] = []
+
+            async def write(i: int) -> None:
+                try:
+                    await actor.write([change(i)], "primary", bytes([i]) * 16, 0.5)
+                except NodeError as error:
+                    codes.append(f"{i} {error.code}")
+
+            with trio.fail_after(5.0):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(write, 1)
+                    while not actor._commit.statistics().flushing:
+                        await trio.sleep(0.001)
+                    nursery.start_soon(write, 2)  # in the next batch
+                    while not actor._commit.statistics().waiting:
+                        await trio.sleep(0.001)
+                    actor.election.resign()
+                    assert actor.end == 2, "what is on its way to the disk is part of the log"
+                    hold.set()
+            # The first is on the disk, and nobody may say so.
+            assert codes == ["2 no_lease", "1 outcome_unknown"]
+            assert actor.replica.position == Version(1, 2)
+            actor.resume()
+            assert await actor.write([change(2)], "primary", bytes([2]) * 16, 2.0) == Version(1, 3)
+
+    trio.run(main)

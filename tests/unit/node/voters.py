@@ -94,8 +94,7 @@ async def promised_by(replica: Replica, kept: Promises) -> tuple[int, bool]:
     promised = kept.of(replica.shard, replica.replica_id)
     if promised is not None:
         return promised, True
-    if replica.position.sequence:
-        replica.renew_replica_id()
+    replica.renew_replica_id()
     await kept.keep(replica.shard, replica.replica_id, 0)
     return 0, False
 
