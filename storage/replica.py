@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from storage import lookups, opening, snapshot
@@ -115,8 +115,11 @@ class Replica:
         """The item or user, its checksums verified. Raises DamagedError."""
         return lookups.get(self._table, self._spaces[kind], id)
 
-    def metadata(self, ids: Iterable[int]) -> list[bytes]:
-        """Packed metadata of items in the order of `ids`, b"" for one that is gone. Raises DamagedError."""
+    def metadata(self, ids: Sequence[int]) -> list[bytes | None]:
+        """Packed metadata of items in the order of `ids`; b"" for one that is gone, None for one whose entry is damaged.
+
+        Raises DamagedError when the table itself cannot be read.
+        """
         return lookups.metadata(self._table, self._spaces[Kind.ITEM], ids)
 
     def written(self, write_id: bytes) -> tuple[Version, int] | None:
