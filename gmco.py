@@ -402,6 +402,24 @@ class Client:
         nodes: list[dict[str, Any]] = (await self._call("keyring", fields, timeout_s))["nodes"]
         return nodes
 
+    async def cluster(
+        self,
+        action: Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"],
+        fields: dict[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Does something with the layout through the node in use, where changes are staged (docs/protocol.md, *Cluster*).
+
+        The node is told to give up before we do, so that what has become of a commit is said, not guessed.
+        """
+        given = {name: value for name, value in (fields or {}).items() if value is not None}
+        allowed_s = self._timeout_s if timeout_s is None else timeout_s
+        given |= {"action": action, "timeout_ms": min(max(1.0, 800 * allowed_s), 60_000.0)}
+        changes = action in ("commit", "init", "recover")
+        reply = await self._call("cluster", given, allowed_s, write=changes)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
     async def recommend(
         self,
         user_id: int,
@@ -804,6 +822,7 @@ class BlockingClient:
     events = _blocking(Client.events)
     forget_node = _blocking(Client.forget_node)
     keyring = _blocking(Client.keyring)
+    cluster = _blocking(Client.cluster)
     recommend = _blocking(Client.recommend)
     similar = _blocking(Client.similar)
     search = _blocking(Client.search)
