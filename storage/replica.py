@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from storage import lookups, opening, snapshot
 from storage.bulk import Columns
@@ -60,6 +61,8 @@ class Replica:
         self._compact_retry_at = 0.0
         self._checkpointed_at = time.monotonic()
         self._frozen_bytes = 0
+        # Who → the first sequence that the log is to keep for it, however old. Changed by the writer.
+        self.log_holds: dict[str, int] = {}
         self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0}
         self._graph = SavedGraph(parts.directory)
         self.engine: Engine = make_engine(config)
@@ -316,20 +319,45 @@ class Replica:
         """
         if checkpoint:
             self.checkpoint()
-        snapshot.export(
-            Path(directory), table=self._table, files={kind: s.file for kind, s in self._spaces.items()},
-            index=opening.index_directory(self.directory, self.view.rowset),
-        )  # fmt: skip
+        snapshot.export(Path(directory), **self._checkpointed())
+
+    def pin(self, directory: Path) -> snapshot.Pinned:
+        """The last checkpoint's files in `directory`, on the same file system: linked where they only grow. From any thread,
+        beside writes, not beside a job. Raises as `snapshot.pin`."""
+        return snapshot.pin(directory, **self._checkpointed(), link=True)
+
+    def _checkpointed(self) -> dict[str, Any]:
+        return {
+            "table": self._table,
+            "files": {kind: space.file for kind, space in self._spaces.items()},
+            "index": opening.index_directory(self.directory, self.view.rowset),
+            "record_at": lambda sequence: self.read_log(sequence - 1, 1),
+        }
 
     @staticmethod
     def import_snapshot(
-        source: Path, directory: Path, *, shard: int, node_id: str, config: StorageConfig
+        source: Path,
+        directory: Path,
+        *,
+        shard: int,
+        node_id: str,
+        config: StorageConfig,
+        replica_id: int | None = None,
     ) -> None:
         """A replica directory from a snapshot; `directory` must not exist. Open it afterwards.
 
+        replica_id: of the replica whose place it takes, None for a new one.
+
         Raises DamagedError, FormatError, ForeignDataError, DiskFullError; then nothing is left.
         """
-        snapshot.import_snapshot(Path(source), Path(directory), shard=shard, node_id=node_id, config=config)
+        snapshot.import_snapshot(
+            Path(source),
+            Path(directory),
+            shard=shard,
+            node_id=node_id,
+            config=config,
+            replica_id=replica_id,
+        )
 
     def statistics(self) -> Statistics:
         """Counters and sizes; `digest` is equal on replicas that hold the same."""
@@ -473,7 +501,9 @@ class Replica:
 
     def _after_checkpoint(self, state: TableState) -> None:
         older_than_ns = time.time_ns() - int(self.config.wal_keep_s * 1e9)
-        self._log.drop_before(state.position.sequence + 1, older_than_ns)
+        # The record at the checkpoint's position stays: whoever takes a snapshot of it must name that record.
+        kept_from = min([state.position.sequence, *self.log_holds.values()])
+        self._log.drop_before(kept_from, older_than_ns)
         self._table.drop_behind()
         self._graph.save(self.engine, state.items.rowset)
 
