@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from storage.records import Mark, Operation, Record
 
-
 # Of epochs whose records the log has dropped, so many starts are kept: by them a log that parted long ago is still known to have
 # done so, and what is to be kept of it when a snapshot takes its place.
 STARTS_KEPT = 1_000
