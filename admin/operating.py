@@ -16,6 +16,7 @@ from rich.text import Text
 
 import gmco
 from admin import show
+from admin.following import Follower
 from admin.terminal import (
     DEFAULT_NODES,
     EXIT_REFUSED,
@@ -26,10 +27,10 @@ from admin.terminal import (
     Timeout,
     fail,
     node_urls,
+    run,
     with_client,
 )
 
-WAIT_S = 30.0
 STYLES = {"alive": "green", "suspect": "yellow", "down": "red", "left": "red", "unheard": "red"}
 KIND_STYLES = {
     "suspected": "yellow",
@@ -134,31 +135,32 @@ def forget(
 
 
 def events(
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they happen.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as they happen, at another node when one is lost.")
+    ] = False,
     urls: Nodes = DEFAULT_NODES,
     output: OutputOption = Output.TABLE,
     timeout: Timeout = 5.0,
 ) -> None:
     """The last 1,000 that the node remembers; with JSON, one object a line."""
+    given = node_urls(urls)
+    if not follow:
+        _print_events(with_client(given, timeout, lambda client: client.events()), output)
+        return
+    follower = Follower(
+        given,
+        timeout,
+        show=lambda found: _print_events(found, output),
+        say=lambda text: show.err.print(text, markup=False, soft_wrap=True),
+    )
+    run(follower.run)
 
-    async def read(client: gmco.Client) -> None:
-        source: tuple[str, int] | None = None
-        after = 0
-        while True:
-            found = await client.events(after, wait_s=WAIT_S if follow and source else 0.0)
-            if source not in (None, (found.node, found.boot)):
-                show.err.print(f"from here on as {found.node} (boot {found.boot}) saw it", markup=False)
-                source, after = None, 0
-                continue
-            source, after = (found.node, found.boot), found.next
-            if found.lost:
-                show.err.print(f"{found.lost} events are forgotten", markup=False)
-            for event in found.events:
-                _print_event(event, output)
-            if not follow:
-                return
 
-    with_client(node_urls(urls), timeout, read)
+def _print_events(found: gmco.Events, output: Output) -> None:
+    if found.lost:
+        show.err.print(f"{found.lost} events are forgotten", markup=False)
+    for event in found.events:
+        _print_event(event, output)
 
 
 def _print_event(event: dict[str, Any], output: Output) -> None:

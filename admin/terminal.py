@@ -56,14 +56,19 @@ def exit_code_of(error: gmco.GmcoError) -> int:
 
 
 def with_client(nodes: list[str], timeout_s: float, work: Callable[[gmco.Client], Awaitable[T]]) -> T:
-    """Runs `work` with a client; every error ends the command with its line and exit code."""
+    """`run` of `work` with a client."""
 
-    async def run() -> T:
+    async def connected() -> T:
         async with gmco.connect(nodes, timeout_s=timeout_s) as client:
             return await work(client)
 
+    return run(connected)
+
+
+def run(work: Callable[[], Awaitable[T]]) -> T:
+    """Every error ends the command with its line and exit code."""
     try:
-        return trio.run(run)
+        return trio.run(work)
     except BaseException as group:
         error = first_cause(group)
         if isinstance(error, gmco.GmcoError):

@@ -74,7 +74,7 @@ class Offering:
     async def _send(self, actor: ShardActor, primary: str, blobs: Sequence[bytes]) -> Sequence[Aside]:
         data = b"".join(blobs)
         if primary == actor.name:
-            records = await actor.offer(split(data)[1], CALL_S)
+            records = await actor.offer([record for _, record in split(data)], CALL_S)
             return [(one.kind, one.id, one.version) for one in records]
         answer = await self._links[primary].call("offer", [actor.shard, data, int(CALL_S * 1000)], CALL_S)
         return [(Kind(kind), int(id_), Version(*version)) for kind, id_, version in answer]

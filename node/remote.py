@@ -180,7 +180,7 @@ def handlers(
         if actor is None:
             raise RemoteError("no_primary", f"shard {shard} is not on this node")
         try:
-            _, offered = split(data)
+            offered = [record for _, record in split(data)]
             aside = await actor.offer(offered, left_ms / 1000)
         except RecordError as error:
             raise RemoteError("bad_request", f"an offered record is damaged: {error}") from error

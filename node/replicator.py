@@ -187,11 +187,12 @@ class Replicator:
         actor = self._actor
         last = actor.replica.position
         try:
-            blobs, batch = split(answer.records)
+            pairs = list(split(answer.records))
         except RecordError as error:
             self._say("refused: damaged", f"a streamed record is damaged: {error}")
             await self._back_off()
             return
+        blobs, batch = [blob for blob, _ in pairs], [record for _, record in pairs]
         first = batch[0].sequence if batch else None
         step = replication.on_stream(
             last=last, primary_last=answer.primary_last, first=first, count=len(batch)

@@ -163,7 +163,8 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "users": numbers.get("users", 0),
         "fresh": replica.fresh_rows(),
         "digests": {
-            name: f"{replica.digest(kind):016x}" for name, kind in (("items", Kind.ITEM), ("users", Kind.USER))
+            name: f"{replica.digest(kind):016x}"
+            for name, kind in (("items", Kind.ITEM), ("users", Kind.USER))
         },
         "engine": parts.config.storage.engine,
         "lag": follower.behind if follower else 0,

@@ -36,6 +36,17 @@ class Batch:
         self.sequence = sequence
         return self.records[-1].version
 
+    def add_again(self, record: Record) -> Version:
+        """Where a record of a cut tail stands anew; its version, write_id and timestamp stay (`version-kept`)."""
+        self.sequence += 1
+        blob, again = make(
+            self._epoch, self.sequence, record.version, record.timestamp_ns, record.write_id, record.operation,
+            record.kind, record.id, record.vector, record.classes, record.metadata,
+        )  # fmt: skip
+        self.blobs.append(blob)
+        self.records.append(again)
+        return Version(self._epoch, self.sequence)
+
     def add_mark(self, mark: Mark, metadata: bytes, write_id: bytes = NO_WRITE_ID) -> Version:
         """Where a record about the shard itself stands."""
         return self.add(((Operation.MARK, Kind.NONE, int(mark), b"", (), metadata),), write_id)

@@ -12,7 +12,7 @@ STARTS_KEPT = 1_000
 
 
 class Epochs:
-    """Follows a log forwards, and back when its tail is cut; forgets what no cut can reach any more."""
+    """Follows a log; can tell what it was when its tail is cut, and forgets what no cut can reach any more."""
 
     def __init__(self, starts: Mapping[int, int], placements: Mapping[int, bytes]) -> None:
         # epoch → the first sequence logged in it, ascending
@@ -37,10 +37,12 @@ class Epochs:
         if record.operation is Operation.MARK and record.id == Mark.EPOCH:
             self.placements[record.sequence] = record.metadata
 
-    def cut(self, last: int) -> None:
-        """The log ends at sequence `last`."""
-        self.starts = {epoch: first for epoch, first in self.starts.items() if first <= last}
-        self.placements = {at: placement for at, placement in self.placements.items() if at <= last}
+    def up_to(self, last: int) -> Epochs:
+        """Of the same log when it ends at sequence `last`."""
+        return Epochs(
+            {epoch: first for epoch, first in self.starts.items() if first <= last},
+            {at: placement for at, placement in self.placements.items() if at <= last},
+        )
 
     def prune(self, first: int) -> None:
         """The log begins at sequence `first`: of the epochs and marks that ended before it only the newest are kept:

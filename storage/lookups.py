@@ -42,6 +42,16 @@ def get(table: Table, space: Space, id: int) -> Row | None:
             raise DamagedError(file.path, file.offset(fields.row), reason)
 
 
+def version_of(table: Table, space: Space, id: int) -> Version | None:
+    """Of the newest entry, a tombstone's too; None when there is none. Raises DamagedError."""
+    entry = space.find(table, id)
+    if entry is None:
+        return None
+    if not entries.intact(id, entry):
+        raise _entry_damaged(table, space.kind, id)
+    return Version(*entries.VERSION.unpack_from(entry, entries.VERSION_OFFSET))
+
+
 def metadata(table: Table, space: Space, ids: Iterable[int]) -> list[bytes]:
     """Packed metadata in the order of `ids`, b"" for one that is gone. Raises DamagedError."""
     # The layers before the table: what leaves them has reached the table first.

@@ -18,6 +18,7 @@ from storage.epochs import Epochs
 from storage.errors import DamagedError, ForeignDataError, StorageError
 from storage.files import fsync_directory
 from storage.records import Kind, Version
+from storage.side import SideFiles
 from storage.space import Space
 from storage.table import NOWHERE, Table, TableState
 from storage.vectors import RowFile, row_file_name
@@ -72,6 +73,7 @@ class Parts:
     state: TableState
     spaces: dict[Kind, Space]
     write_ids: WriteIds
+    sides: SideFiles
 
     def close(self) -> None:
         """All of them, whatever fails: a table that stays open could not be opened again in this process."""
@@ -112,6 +114,7 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
         if len(pairs) != state.write_ids:
             raise DamagedError(table.path, None, "write_ids are not those of the last checkpoint")
         write_ids.load(pairs)
+        sides = SideFiles(directory, shard)
         log = Log.open(
             directory / "wal",
             shard=shard,
@@ -127,6 +130,7 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
         state=state,
         spaces=spaces,
         write_ids=write_ids,
+        sides=sides,
     )
 
 

@@ -27,7 +27,7 @@ tells a torn tail from damage (docs/wal.md).
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -206,17 +206,14 @@ def decode(data: bytes | memoryview, offset: int = 0) -> Record:
     ))  # fmt: skip
 
 
-def split(data: bytes) -> tuple[list[bytes], list[Record]]:
-    """Records that follow each other, as bytes and as values, each verified. Raises RecordError."""
-    blobs: list[bytes] = []
-    batch: list[Record] = []
+def split(data: bytes) -> Iterator[tuple[bytes, Record]]:
+    """Whole records one behind the other, as bytes and as values, each verified. Raises RecordError."""
     offset = 0
     while offset < len(data):
-        batch.append(decode(data, offset))
-        length = int.from_bytes(data[offset : offset + 4], "little")
-        blobs.append(data[offset : offset + length])
-        offset += length
-    return blobs, batch
+        record = decode(data, offset)
+        end = offset + int.from_bytes(data[offset : offset + 4], "little")
+        yield data[offset:end], record
+        offset = end
 
 
 def fingerprint(data: bytes) -> Fingerprint:

@@ -16,13 +16,21 @@ from storage.compaction import CompactionJob
 from storage.config import StorageConfig
 from storage.disk import Log
 from storage.epochs import Epochs
-from storage.errors import DiskFullError, IndexingError, ReplicaStoppedError, StorageError
+from storage.errors import (
+    DamagedError,
+    DiskFullError,
+    IndexingError,
+    LogGoneError,
+    ReplicaStoppedError,
+    StorageError,
+)
 from storage.index import make_engine
 from storage.index.base import Engine
 from storage.lookups import Row
 from storage.records import EMPTY, Fingerprint, Kind, Operation, Record, Version, fingerprint
 from storage.replaying import Replay
 from storage.saved_graph import SavedGraph
+from storage.side import SideFile, SideFiles
 from storage.space import Space, WriteRows, space_figures
 from storage.table import Table, TableState
 from storage.view import ShardView, Statistics
@@ -48,6 +56,7 @@ class Replica:
         self._log: Log = parts.log
         self._spaces: dict[Kind, Space] = parts.spaces
         self._write_ids: WriteIds = parts.write_ids
+        self._sides: SideFiles = parts.sides
         self._state: TableState = parts.state  # of the last checkpoint
         self.position: Version = parts.state.position
         self._epochs = Epochs(parts.state.epoch_starts, parts.state.placements)
@@ -63,7 +72,7 @@ class Replica:
         self._frozen_bytes = 0
         # Who → the first sequence that the log is to keep for it, however old. Changed by the writer.
         self.log_holds: dict[str, int] = {}
-        self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0}
+        self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0, "cuts": 0}
         self._graph = SavedGraph(parts.directory)
         self.engine: Engine = make_engine(config)
         self.view: ShardView
@@ -119,6 +128,10 @@ class Replica:
     def get(self, kind: Kind, id: int) -> Row | None:
         """The item or user, its checksums verified. Raises DamagedError."""
         return lookups.get(self._table, self._spaces[kind], id)
+
+    def version_of(self, kind: Kind, id: int) -> Version | None:
+        """Of the newest entry, a tombstone's too; None when there is none. Raises DamagedError."""
+        return lookups.version_of(self._table, self._spaces[kind], id)
 
     def metadata(self, ids: Iterable[int]) -> list[bytes]:
         """Packed metadata of items in the order of `ids`, b"" for one that is gone. Raises DamagedError."""
@@ -286,6 +299,16 @@ class Replica:
         write_ids = self._write_ids.freeze()
         state = self._current_state().with_rowset(kind, rowset, rows)
         changes = {kind_: space.layers[0] for kind_, space in self._spaces.items()} | {kind: moved}
+        self._commit(state, changes, write_ids)
+        return state
+
+    def _commit(
+        self,
+        state: TableState,
+        changes: Mapping[Kind, Mapping[int, bytes]],
+        write_ids: Mapping[bytes, bytes | None],
+    ) -> None:
+        """Rows, then one transaction with what `WriteIds.freeze` gave. Raises StorageError."""
         kept = False
         try:
             for space in self._spaces.values():
@@ -297,7 +320,6 @@ class Replica:
             raise
         finally:
             self._write_ids.thaw(kept=kept)
-        return state
 
     def compaction_ended(self) -> None:
         """Called by a job that gave up."""
@@ -308,6 +330,56 @@ class Replica:
         if self._compaction or self._checkpoint or self._stopped or time.monotonic() < self._compact_retry_at:
             return None
         return next((space for space in self._spaces.values() if space.wasteful(self.config)), None)
+
+    # -- cutting a tail -------------------------------------------------------------------------------------------
+
+    def cut(self, sequence: int) -> bool:
+        """The log ends at `sequence`, 0 ≤ sequence < last. Whether what it lost is in a side file: not if it was only marks.
+
+        Blocks; in append's thread, with everything applied and no checkpoint or compaction under way. A crash at any
+        point leaves a whole replica, cut or not, on which it can be called again. Rows stay: versions say which win.
+        Raises LogGoneError, DiskFullError (neither log nor table has changed), DamagedError, ReplicaStoppedError.
+        """
+        self._check_running()
+        assert self._checkpoint is None, "no checkpoint beside a cut"
+        assert self._compaction is None, "no compaction beside a cut"
+        assert 0 <= sequence < self.position.sequence == self._log.last.sequence
+        first = self._log.first_sequence
+        if sequence < first and (sequence, first) != (0, 1):
+            raise LogGoneError(f"the log begins at sequence {first}; it cannot be cut to end at {sequence}")
+        try:
+            side = self._sides.keep(self._log.tail(sequence))
+            self._log.cut(sequence, self._go_back)
+        except (DamagedError, ReplicaStoppedError) as error:
+            self._stop(error)
+            raise
+        self._counters["cuts"] += 1
+        self._publish()
+        return side is not None
+
+    def _go_back(self, last: Version) -> None:
+        """One transaction makes the checkpoint what it was at `last`, but for the rows: they are those of memory."""
+        self._write_ids.cut(record for _, record in self._log.tail(last.sequence))
+        epochs = self._epochs.up_to(last.sequence)
+        write_ids = self._write_ids.freeze()
+        state = opening.with_state(
+            self._state, self._spaces, position=last, epochs=epochs,
+            purge_floor=self.purge_floor, write_ids=self._write_ids.chunks,
+        )  # fmt: skip
+        try:
+            self._commit(state, {kind: space.layers[0] for kind, space in self._spaces.items()}, write_ids)
+        except StorageError:
+            self._write_ids.apply(record for _, record in self._log.tail(last.sequence))
+            raise
+        for space in self._spaces.values():
+            space.layers = ({}, {})
+        self.position, self._epochs = last, epochs
+        self.unsaved_bytes = self._pending_rows = 0
+        self._note_checkpoint(state)
+
+    def side_files(self) -> list[SideFile]:
+        """What was cut and not yet removed, oldest first."""
+        return self._sides.list()
 
     # -- the rest -------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 
 
 class Nemesis:
-    """One fault after the other, drawn from a seed; each is over before the next begins, but for those that overlap on purpose."""
+    """One fault after the other, drawn from a seed; most are over before the next begins."""
 
     def __init__(self, daemons: Sequence[Daemon], proxies: Sequence[Proxy], seed: int) -> None:
         self.daemons, self.proxies = daemons, proxies
@@ -102,7 +102,9 @@ class Nemesis:
         victim = self.random.randrange(len(self.daemons))
         began = time.monotonic()
         fault(victim)
-        self.story.append(f"{fault.__name__[1:]} {self.daemons[victim].name}, {time.monotonic() - began:.1f} s")
+        self.story.append(
+            f"{fault.__name__[1:]} {self.daemons[victim].name}, {time.monotonic() - began:.1f} s"
+        )
         time.sleep(self.random.uniform(0.0, 1.5))
 
     def heal(self) -> None:

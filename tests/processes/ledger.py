@@ -1,7 +1,7 @@
 """Clients that write and read while things break, and what must hold of the history that they record.
 
-Each writer has keys of its own and writes each of them in order, so for a key there is one truth: the value found in the end is one
-that was sent, and not older than the last that was acknowledged.
+Each writer has keys of its own and writes each of them in order, so for a key there is one truth: the value found in the end
+is one that was sent, and not older than the last that was acknowledged.
 """
 
 from __future__ import annotations

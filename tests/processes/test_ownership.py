@@ -161,7 +161,9 @@ def test_failover_moves_a_shard_and_force_says_what_it_may_lose(tmp_path: Path) 
     ):
         client.put_items([gmco.Item(i, [1.0] * DIM, (), {"value": i}) for i in range(1, 50)], ack="all")
         wait_alike(client)
-        leader = {row["shard"]: row["node"] for row in client.shards()["replicas"] if row["role"] == "primary"}
+        leader = {
+            row["shard"]: row["node"] for row in client.shards()["replicas"] if row["role"] == "primary"
+        }
         other = next(d.name for d in daemons if d.name != leader[0])
         done = client.failover(0, to=other)
         assert (done["from"], done["to"]) == (leader[0], other)
@@ -172,7 +174,13 @@ def test_failover_moves_a_shard_and_force_says_what_it_may_lose(tmp_path: Path) 
             daemon.kill()
         with pytest.raises(gmco.GmcoError) as caught:
             client.put_items([gmco.Item(1, [1.0] * DIM, (), {})], ack="quorum", timeout_s=3.0)
-        assert caught.value.code in ("no_primary", "no_lease", "ack_timeout", "outcome_unknown", "deadline_exceeded")
+        assert caught.value.code in (
+            "no_primary",
+            "no_lease",
+            "ack_timeout",
+            "outcome_unknown",
+            "deadline_exceeded",
+        )
         wait_no_primary(client)
         assert len(client.search([1.0] * DIM, 10).hits) == 10, "reads go on at the one replica that is left"
         for shard in range(4):

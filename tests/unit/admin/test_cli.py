@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,7 +47,7 @@ class FakeClient:
         if self.error:
             raise self.error
 
-    async def events(self, after: int, *, wait_s: float) -> gmco.Events:
+    async def events(self, after: int = 0, *, wait_s: float = 0.0) -> gmco.Events:
         self.afters.append(after)
         if not self.answers:
             assert self.error is not None
@@ -80,7 +82,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     client = FakeClient()
 
     @asynccontextmanager
-    async def connect(urls: Sequence[str], *, timeout_s: float) -> AsyncIterator[FakeClient]:
+    async def connect(urls: Sequence[str], **limits: float) -> AsyncIterator[FakeClient]:
         yield client
 
     monkeypatch.setattr(gmco, "connect", connect)
@@ -119,6 +121,23 @@ def test_errors_are_one_line_and_an_exit_code(
     assert out == ""
     assert err.startswith(said)
     assert err.count("\n") == 1
+
+
+def test_a_node_that_is_silent_is_a_timeout_and_one_that_is_away_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # the system takes the connection, and nobody answers
+        url = f"ws://127.0.0.1:{silent.getsockname()[1]}"
+        assert run("status", "--node", url, "--timeout", "0.2") == 7
+        assert capsys.readouterr().err.startswith("error[deadline_exceeded]: no node can be reached: ws://")
+    begin = time.monotonic()
+    assert run("status", "--node", NOWHERE) == 3
+    assert time.monotonic() - begin < 2
+    assert capsys.readouterr().err == (
+        f"error[unavailable]: no node can be reached: {NOWHERE}: connection refused\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,12 +246,14 @@ def test_events_are_lines_and_begin_anew_with_another_node(
         gmco.Events("node-3", 1, (event,), 1, 0),
     ]
     fake.error = gmco.Unavailable("unavailable", "gone")
-    assert run("events", "--follow", "--output", "json") == 3
+    assert run("events", "--follow", "--output", "json", "--timeout", "0.2") == 3
     out, err = capsys.readouterr()
     assert [json.loads(line)["kind"] for line in out.splitlines()] == ["down", "down"]
     assert "2 events are forgotten" in err
     assert "as node-3 (boot 1) saw it" in err
-    assert fake.afters == [0, 0, 7, 0, 1]
+    assert "lost node-3: gone" in err
+    assert err.endswith("error[unavailable]: gone\n")
+    assert fake.afters[:5] == [0, 0, 7, 0, 1]
 
 
 def test_keys_are_read_from_files_and_shown_as_fingerprints(

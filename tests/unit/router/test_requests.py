@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from router.errors import CODES, RequestError
 from router.requests import OPS, Batch, Delete, Get, Limits, Put, Recommend, Search, Similar, parse
+from router.sentences import translate
 from storage.records import Kind
 from storage.view import ClassConstraint
 
@@ -145,6 +146,49 @@ def test_the_other_ops() -> None:
 ])  # fmt: skip
 def test_refusals_name_code_and_field(op: str, fields: dict[str, Any], code: str, field: str) -> None:
     assert refused(op, fields) == (code, field)
+
+
+RECOMMEND = {"user_id": 1}
+
+
+@pytest.mark.parametrize(("op", "fields", "said"), [
+    ("recommend", {"user_id": True}, "user_id must be an id (a whole number or its decimal digits), not a boolean"),
+    ("recommend", {**RECOMMEND, "k": "5"}, "k must be a whole number, not a string"),
+    ("recommend", {**RECOMMEND, "k": 1.0}, "k must be a whole number, not a floating-point number"),
+    ("recommend", {**RECOMMEND, "k": msgpack.Timestamp(1)}, "k must be a whole number, not a value of another kind"),
+    ("recommend", {**RECOMMEND, "metadata": 1}, "metadata must be true or false, not a whole number"),
+    ("recommend", {**RECOMMEND, "timeout_ms": b"x"}, "timeout_ms must be a number or null, not bytes"),
+    ("recommend", {**RECOMMEND, "timeout_ms": 0}, "timeout_ms must be at least 1"),
+    ("recommend", {**RECOMMEND, "session": [[1, 2]]}, "session[0] must have 3 entries, not 2"),
+    ("recommend", {**RECOMMEND, "session": [[1, 2, 3]] * 1_025}, "session must have at most 1024 entries"),
+    ("recommend", {**RECOMMEND, "exclude": {}}, "exclude must be a list, not a map"),
+    ("similar", {"media_id": []},
+     "media_id must be an id (a whole number or its decimal digits) or null, not a list"),
+    ("get", {"kind": "film", "ids": []}, 'kind must be "item" or "user", not \'film\''),
+    ("put_items", {"items": [ITEM], "ack": 5}, 'ack must be "primary", "quorum" or "all", not a whole number'),
+    ("search", {"vector": ONES, "dtype": "f8"}, 'dtype must be "f2" or "f4", not \'f8\''),
+    ("put_items", {"items": [5]}, "items[0] must be a map, not a whole number"),
+    ("put_items", {"items": [{**ITEM, "metadata": {1: 2}}]},
+     "a key of items[0].metadata must be a string, not a whole number"),
+    ("forget_node", {"node": ""}, "node must have at least 1 character"),
+])  # fmt: skip
+def test_refusals_say_the_field_what_is_expected_and_what_came(
+    op: str, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(op, fields, LIMITS)
+    assert caught.value.message == said
+
+
+@pytest.mark.parametrize(
+    "sentence", ["Expected `int`, got `novelty` - at `$.k`", "Something new - at `$.k`", "Novel"]
+)
+def test_no_sentence_of_the_library_is_sent_on(sentence: str) -> None:
+    error = translate(sentence, {})
+    assert error.code == "bad_type"
+    assert error.field in ("k", None)
+    for word in ("`", "novelty", "Something", "Novel"):
+        assert word not in error.message
 
 
 def test_dot_refuses_what_fp16_cannot_hold() -> None:
