@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import structlog
@@ -18,6 +19,7 @@ from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
 from node.facts import Health
 from node.failover import Failover
+from node.fetching import Fetcher
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.identity import DataDirectory, Identity
@@ -36,6 +38,7 @@ from node.replicator import Replicator
 from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
 from node.shard import ShardActor
+from node.snapshots import Snapshots
 from node.status import READY, Parts, own_status
 from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
@@ -44,7 +47,9 @@ from router.errors import RequestError
 from router.layout import Layout, Placement
 from router.operating import Operating
 from router.requests import Limits, Request
+from storage.config import StorageConfig
 from storage.errors import DamagedError, ForeignDataError
+from storage.installing import Installing
 from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
@@ -271,7 +276,7 @@ class Daemon:
             shard = placement.shard
             replica = await trio.to_thread.run_sync(
                 partial(
-                    Replica.open,
+                    _open,
                     directory.path / f"shard-{shard:03}",
                     shard=shard,
                     node_id=directory.identity.node_id,
@@ -340,8 +345,12 @@ class Daemon:
         steering = parts.steering = Steering(parts.members, links, shards, failover)
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         await supervisor.start(failover, name="failover")
+        snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
+        self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
+        await supervisor.start(snapshots, name="snapshots")
+        fetcher = parts.fetcher = Fetcher(bytes_per_s=config.limits.snapshot_bytes_per_s, settle=lane.settle)
         for shard, actor in sorted(shards.items()):
-            follower = Replicator(actor, links, random.Random())
+            follower = Replicator(actor, links, random.Random(), fetcher)
             parts.replicators[shard] = follower
             await supervisor.start(follower, name=f"follow-{shard:03}")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
@@ -388,6 +397,12 @@ class Daemon:
         if parts.coordinator is None or parts.state != READY:
             raise RequestError("unavailable", f"{self._name} is not ready: {parts.state}; ask another node")
         return parts.coordinator.handle(request)
+
+
+def _open(directory: Path, *, shard: int, node_id: str, config: StorageConfig) -> Replica:
+    """After what a crash may have left of another's taking its place."""
+    Installing(directory).recover()
+    return Replica.open(directory, shard=shard, node_id=node_id, config=config)
 
 
 async def _close(shards: dict[int, ShardActor], notifier: notify.Notifier) -> None:

@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from node.blocking import Runner
-from node.commit import GroupCommit
+from node.commit import GroupCommit, OverloadedError
 from router import merge
 from storage.errors import StorageError
 from storage.replica import Replica
@@ -65,6 +65,17 @@ class SearchLane:
 
     async def search(self, ask: LaneAsk) -> LaneReply:
         return await self._commit.submit(ask)
+
+    async def settle(self) -> None:
+        """Returns when every search that was asked before has ended."""
+        nothing = LaneAsk((), np.empty(0, np.float16), 0, ClassConstraint(), False)
+        while True:
+            try:
+                await self._commit.submit(nothing)
+            except OverloadedError as error:
+                await trio.sleep(error.retry_after_ms / 1000)
+            else:
+                return
 
     async def _flush(self, asks: list[LaneAsk]) -> list[LaneReply | Exception]:
         return await self._runner(self._run_batch, asks)

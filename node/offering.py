@@ -67,7 +67,7 @@ class Offering:
                 await actor.drop_row(kind, id_, version)
             self.counters["offered"] += len(blobs)
             self.counters["set_aside"] += len(aside)
-        await self._runner(file.remove)
+        await actor.forget(file)
         self.counters["files_done"] += 1
         log.info("tail is on a quorum again", shard=actor.shard, file=file.name, records=file.records)
 

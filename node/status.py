@@ -13,6 +13,7 @@ from gossip.agent import Agent
 from node.config import Config
 from node.facts import Health
 from node.failover import Failover
+from node.fetching import Fetcher
 from node.forming import LayoutGuard
 from node.health import HealthWatch
 from node.lane import SearchLane
@@ -23,6 +24,7 @@ from node.promises import Promises
 from node.replicator import Replicator
 from node.server import AppServer
 from node.shard import ShardActor
+from node.snapshots import Snapshots
 from node.steering import Steering
 from node.supervisor import Supervisor
 from router.coordinator import Coordinator
@@ -52,6 +54,8 @@ class Parts:
     failover: Failover | None = None
     offering: Offering | None = None
     steering: Steering | None = None
+    snapshots: Snapshots | None = None
+    fetcher: Fetcher | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
@@ -170,6 +174,7 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "lag": follower.behind if follower else 0,
         "lag_ms": follower.lag_ms if follower else 0,
         "state": follower.state if follower else "starting",
+        "snapshot": follower.transfer.figures() if follower else None,
     }
 
 
@@ -180,6 +185,9 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "router": parts.coordinator.statistics() if parts.coordinator else {},
         "elections": dict(parts.failover.counters) if parts.failover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},
+        "snapshots": dict(parts.snapshots.counters) | dict(parts.fetcher.counters)
+        if parts.snapshots and parts.fetcher
+        else {},
         "writes": _sum([actor.counters for actor in parts.shards.values()]),
         "gossip": asdict(parts.agent.statistics()),
         "crashes": sum(one.crashes for one in parts.supervisor.statistics()),

@@ -35,10 +35,14 @@ class Installing:
                 self._rename(self.new, self.directory)
             elif self.old.exists() and self.fetch.exists():
                 self._rename(self.old, self.directory)
+            else:
+                # Somebody has removed the replica, to give it up: what it had replaced is older still.
+                shutil.rmtree(self.old, ignore_errors=True)
         self.clear()
 
     def clear(self) -> None:
-        """Nothing but the replica is left."""
+        """Nothing but the replica is left. Only when it is there."""
+        assert self.directory.exists() or not (self.new.exists() or self.old.exists())
         for path in (self.fetch, self.new, self.old):
             if path.exists():
                 shutil.rmtree(path)
@@ -49,8 +53,13 @@ class Installing:
             os.link(path, self.fetch / path.name)
         fsync_directory(self.fetch)
         self._rename(self.fetch, self.new)
-        self._rename(self.directory, self.old)
-        self._rename(self.new, self.directory)
+        try:
+            self._rename(self.directory, self.old)
+            self._rename(self.new, self.directory)
+        except OSError:
+            if not self.directory.exists():
+                self._rename(self.old, self.directory)
+            raise
 
     def swap_back(self) -> None:
         """The new one did not open: the old one has its place again."""

@@ -156,6 +156,11 @@ class Replica:
         """Random, made with the directory: another one in a rebuilt replica and in a copy from a snapshot."""
         return self._state.replica_id
 
+    @property
+    def node_id(self) -> str:
+        """Whose directory it is."""
+        return self._state.node_id
+
     def renew_replica_id(self) -> int:
         """A new one, durable on return. Blocks; no checkpoint or compaction may be under way.
 
@@ -376,6 +381,17 @@ class Replica:
         self.position, self._epochs = last, epochs
         self.unsaved_bytes = self._pending_rows = 0
         self._note_checkpoint(state)
+
+    def keep_tail(self, sequence: int) -> SideFile | None:
+        """What the log has after `sequence`, as far as it reaches back, in a side file; None: nothing but marks.
+
+        Before another replica takes the place of this one, while nothing is appended. Raises as `cut`.
+        """
+        return self._sides.keep(self._log.tail(max(sequence, self._log.first_sequence - 1)))
+
+    def carried(self) -> list[Path]:
+        """The files that a replica that takes this one's place must have, too."""
+        return [file.path for file in self.side_files()]
 
     def side_files(self) -> list[SideFile]:
         """What was cut and not yet removed, oldest first."""
