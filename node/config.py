@@ -158,6 +158,7 @@ STORAGE_RANGES: dict[str, tuple[float, float]] = {
     "compact_rows_min": (1, 1_000_000_000),
     "wal_segment_bytes": (1 << 16, 1 << 30),
     "wal_keep_s": (0, 10 * 365 * 86_400),
+    "tombstones_keep_s": (0, 10 * 365 * 86_400),
     "checkpoint_bytes": (1 << 16, 1 << 40),
     "write_ids_keep_s": (0, 86_400),
     "write_ids_max": (1, 100_000_000),

@@ -59,6 +59,14 @@ class Columns:
         mine = self.headers["kind"] == kind
         return self if mine.all() else Columns(self.data, self.starts[mine], self.headers[mine])
 
+    def between(self, begin: int, end: int) -> Columns:
+        """Those from place `begin` to before place `end`."""
+        return Columns(self.data, self.starts[begin:end], self.headers[begin:end])
+
+    def versions(self) -> set[tuple[int, int]]:
+        head = self.headers
+        return set(zip(head["version_epoch"].tolist(), head["version_sequence"].tolist(), strict=True))
+
     def records(self) -> list[Record]:
         """One value each: for the few that are not worth columns."""
         return [decode(self.data, start) for start in self.starts.tolist()]

@@ -374,6 +374,16 @@ class Log:
             self._ops.sync_directory(self._directory)
         return dropped
 
+    def aged(self, older_than_ns: int) -> Version:
+        """A place in the log up to which everything is stamped before that, or older than the log itself."""
+        with self._lock:
+            if 0 < self._last_timestamp_ns < older_than_ns:
+                return self.last
+            headers = [segment.header for segment in self._segments]
+        old = [header for header in headers[1:] if header.previous_timestamp_ns < older_than_ns]
+        newest = (headers[:1] + old)[-1]
+        return Version(newest.previous_epoch, newest.first_sequence - 1)
+
     def statistics(self) -> dict[str, Any]:
         with self._lock:
             return {

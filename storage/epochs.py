@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from storage.records import Mark, Operation, Record
+from storage.records import Mark, Operation, Record, Version
 
 # Of epochs whose records the log has dropped, so many starts are kept: by them a log that parted long ago is still known to have
 # done so, and what is to be kept of it when a snapshot takes its place.
@@ -36,6 +36,11 @@ class Epochs:
         """Takes an EPOCH mark; other records say nothing of placements."""
         if record.operation is Operation.MARK and record.id == Mark.EPOCH:
             self.placements[record.sequence] = record.metadata
+
+    def place(self, sequence: int) -> Version:
+        """(epoch, sequence) of that place in the log; of none before the first known epoch."""
+        begun = [epoch for epoch, first in self.starts.items() if first <= sequence]
+        return Version(begun[-1], sequence) if begun else Version(0, 0)
 
     def up_to(self, last: int) -> Epochs:
         """Of the same log when it ends at sequence `last`."""

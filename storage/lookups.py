@@ -60,8 +60,12 @@ def metadata(table: Table, space: Space, ids: Iterable[int]) -> list[bytes]:
     intact, packed = entries.intact, entries.packed_metadata
     with table.lookup(space.kind) as lookup:
         for id in ids:
-            entry = overlay.get(id) or frozen.get(id) or lookup(id.to_bytes(8, "big"))
+            entry = overlay.get(id)
             if entry is None:
+                entry = frozen.get(id)
+            if entry is None:
+                entry = lookup(id.to_bytes(8, "big"))
+            if not entry:
                 out.append(b"")
             elif intact(id, entry):
                 out.append(packed(entry))

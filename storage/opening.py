@@ -17,6 +17,7 @@ from storage.disk import Log
 from storage.epochs import Epochs
 from storage.errors import DamagedError, ForeignDataError, StorageError
 from storage.files import fsync_directory
+from storage.quarantine import Quarantine
 from storage.records import Kind, Version
 from storage.side import SideFiles
 from storage.space import Space
@@ -74,6 +75,7 @@ class Parts:
     spaces: dict[Kind, Space]
     write_ids: WriteIds
     sides: SideFiles
+    quarantine: Quarantine
 
     def close(self) -> None:
         """All of them, whatever fails: a table that stays open could not be opened again in this process."""
@@ -131,6 +133,7 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
         spaces=spaces,
         write_ids=write_ids,
         sides=sides,
+        quarantine=Quarantine(directory, shard),
     )
 
 

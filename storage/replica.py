@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from heapq import merge
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from storage import lookups, opening, snapshot
-from storage.bulk import Columns
+from storage.bulk import Columns, columns
 from storage.checkpoint import CheckpointJob
 from storage.compaction import CompactionJob
 from storage.config import StorageConfig
@@ -27,6 +29,8 @@ from storage.errors import (
 from storage.index import make_engine
 from storage.index.base import Engine
 from storage.lookups import Row
+from storage.marks import column_parts, parts
+from storage.quarantine import Quarantine
 from storage.records import EMPTY, Fingerprint, Kind, Operation, Record, Version, fingerprint
 from storage.replaying import Replay
 from storage.saved_graph import SavedGraph
@@ -39,6 +43,8 @@ from storage.write_ids import WriteIds
 __all__ = ["Replica", "Row"]
 
 _RETRY_S = 5.0
+# Tombstones that one PURGE mark removes at most, when the primary asks `purge_point`.
+_PURGE_MAX = 5_000
 
 
 class Replica:
@@ -57,6 +63,7 @@ class Replica:
         self._spaces: dict[Kind, Space] = parts.spaces
         self._write_ids: WriteIds = parts.write_ids
         self._sides: SideFiles = parts.sides
+        self._quarantine: Quarantine = parts.quarantine
         self._state: TableState = parts.state  # of the last checkpoint
         self.position: Version = parts.state.position
         self._epochs = Epochs(parts.state.epoch_starts, parts.state.placements)
@@ -365,6 +372,11 @@ class Replica:
     def _go_back(self, last: Version) -> None:
         """One transaction makes the checkpoint what it was at `last`, but for the rows: they are those of memory."""
         self._write_ids.cut(record for _, record in self._log.tail(last.sequence))
+        versions = {
+            record.version
+            for _, record in self._log.tail(last.sequence)
+            if record.operation is not Operation.MARK
+        }
         epochs = self._epochs.up_to(last.sequence)
         write_ids = self._write_ids.freeze()
         state = opening.with_state(
@@ -378,6 +390,7 @@ class Replica:
             raise
         for space in self._spaces.values():
             space.layers = ({}, {})
+        self._sides.afloat |= versions
         self.position, self._epochs = last, epochs
         self.unsaved_bytes = self._pending_rows = 0
         self._note_checkpoint(state)
@@ -396,6 +409,54 @@ class Replica:
     def side_files(self) -> list[SideFile]:
         """What was cut and not yet removed, oldest first."""
         return self._sides.list()
+
+    def holds(self, record: Record) -> bool:
+        """Whether a record that is offered again came too late: its id has a newer one, or the log has it already.
+
+        Not when all that is here of it is the row that stayed when it was cut. Raises DamagedError.
+        """
+        there = self.version_of(record.kind, record.id)
+        if there is None or there < record.version:
+            return False
+        return there > record.version or record.version not in self._sides.afloat
+
+    def drop_row(self, kind: Kind, id: int, version: Version) -> bool:
+        """Forgets the row or tombstone if its version is exactly that: of a record that was put aside elsewhere.
+
+        On the loop. Durable with the next checkpoint: only then may its side file go. Raises ReplicaStoppedError.
+        """
+        self._check_running()
+        dropped = self._spaces[kind].drop(self._table, id, version)
+        if dropped:
+            self._publish()
+        return dropped
+
+    def quarantine(self, records: Sequence[Record]) -> None:
+        """Puts records aside, durably on return; those that are there already are left out. Blocks.
+
+        Raises QuarantineFullError, DiskFullError (nothing has changed), DamagedError, ReplicaStoppedError.
+        """
+        self._quarantine.add(records)
+
+    def quarantined(self) -> list[Record]:
+        """What was put aside, read from the disk. Raises DamagedError."""
+        return self._quarantine.records()
+
+    @property
+    def tombstones(self) -> int:
+        return sum(len(space.tombstones) for space in self._spaces.values())
+
+    def purgeable(self, up_to: int) -> bool:
+        """Whether a PURGE mark has something to do, when every replica has passed the log's sequence `up_to`."""
+        return self.purge_point(up_to) is not None
+
+    def purge_point(self, up_to: int) -> Version | None:
+        """The floor for that mark: at or below `up_to`, older than `tombstones_keep_s`, and of so many tombstones
+        that applying it holds the loop up for some milliseconds only. None when there is none."""
+        older_than_ns = time.time_ns() - int(self.config.tombstones_keep_s * 1e9)
+        bound = min(self._log.aged(older_than_ns), self._epochs.place(up_to))
+        found = merge(*(space.tombstones.up_to(bound) for space in self._spaces.values()))
+        return max(islice(found, _PURGE_MAX), default=None)
 
     # -- the rest -------------------------------------------------------------------------------------------------
 
@@ -518,6 +579,8 @@ class Replica:
         verified = time.monotonic()
         replay = Replay(self, self._log, [space.file for space in self._spaces.values()])
         replay.run(self.position.sequence)
+        if self._sides.list():
+            self._sides.load_afloat(self._versions_after(self._sides.first_sequence - 1))
         self._publish()
         replayed_at = time.monotonic()
         loaded = self._graph.load(self.engine, self.view)
@@ -529,13 +592,24 @@ class Replica:
             total_s=end - start, log=self._log.statistics(),
         )  # fmt: skip
 
+    def _versions_after(self, sequence: int) -> set[tuple[int, int]]:
+        """Of all records that the log has after `sequence`."""
+        after = min(max(sequence, self._log.first_sequence - 1), self.logged)
+        found: set[tuple[int, int]] = set()
+        for _, data, offset, end in self._log.spans(after):
+            for part in columns(data, offset, end, after, 2_048):
+                found |= part.versions()
+        return found
+
     def take_logged(self, records: Columns, write: WriteRows) -> None:
         """Replay's part of `apply`: the log has these already, and no view is published. Raises DiskFullError."""
-        for kind, space in self._spaces.items():
-            mine = records.of(kind)
-            if len(mine):
-                space.file.ensure(space.rows + len(mine))
-                space.apply_columns(mine, self._table, write)
+        for part, floor in column_parts(records):
+            for kind, space in self._spaces.items():
+                mine = part.of(kind)
+                if len(mine):
+                    space.file.ensure(space.rows + len(mine))
+                    space.apply_columns(mine, self._table, write)
+            self._purge(floor)
         for mark in records.of(Kind.NONE).records():
             self._epochs.mark(mark)
         head = records.headers
@@ -548,21 +622,31 @@ class Replica:
             return
         self._check_running()
         try:
-            for kind, space in self._spaces.items():
-                mine = [record for record in records if record[6] is kind]
-                if mine:
-                    with self._table.lookup(kind) as lookup:
-                        space.apply(mine, lookup)
+            for part, floor in parts(records):
+                for kind, space in self._spaces.items():
+                    mine = [record for record in part if record[6] is kind]
+                    if mine:
+                        with self._table.lookup(kind) as lookup:
+                            space.apply(mine, lookup)
+                self._purge(floor)
         except StorageError as error:
             self._stop(error)
             raise
         for record in records:
             if record[6] is Kind.NONE:
                 self._epochs.mark(record)
+        if self._sides.afloat:
+            self._sides.afloat.difference_update(record.version for record in records)
         self._write_ids.apply(records)
         self._advance([record.epoch for record in records], [record.sequence for record in records])
         puts = sum(record[5] is Operation.PUT for record in records)
         self._pending_rows = max(0, self._pending_rows - puts)
+
+    def _purge(self, floor: Version | None) -> None:
+        if floor is not None:
+            self.purge_floor = max(self.purge_floor, floor)
+            for space in self._spaces.values():
+                space.purge(self.purge_floor)
 
     def _advance(self, epochs: Sequence[int], sequences: Sequence[int]) -> None:
         self._epochs.advance(self.position.epoch, epochs, sequences)

@@ -93,6 +93,8 @@ class SideFiles:
         self._directory, self._shard = directory, shard
         (directory / _TEMPORARY).unlink(missing_ok=True)
         self._files = [self._open(path) for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+        # Versions of records that were cut and are not in the log again, though their rows may have stayed.
+        self.afloat: set[tuple[int, int]] = set()
 
     def list(self) -> list[SideFile]:
         """Oldest first."""
@@ -101,6 +103,24 @@ class SideFiles:
     def removed(self, file: SideFile) -> None:
         with suppress(ValueError):
             self._files.remove(file)
+        if not self._files:
+            self.afloat.clear()
+
+    def load_afloat(self, log: Iterable[tuple[int, int]]) -> None:
+        """After a restart; `log` is the versions that the log holds from `first_sequence` on."""
+        for file in self._files:
+            offset = 0
+            while True:
+                blobs, offset = file.read(offset, _READ_BYTES)
+                if not blobs:
+                    break
+                self.afloat.update(decode(blob).version for blob in blobs)
+        self.afloat.difference_update(log)
+
+    @property
+    def first_sequence(self) -> int:
+        """Where the earliest cut that still has a file began; 0 when there is no file."""
+        return min((_age(file)[1] for file in self._files), default=0)
 
     def keep(self, tail: Iterable[tuple[bytes, Record]]) -> SideFile | None:
         """A durable file with the tail's puts and deletes, None when it has none. One that has them already is left.

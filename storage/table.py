@@ -16,7 +16,7 @@ import lmdb
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from storage.entries import kind_name
+from storage.entries import GONE, kind_name
 from storage.errors import DamagedError, DiskFullError, FormatError, ReplicaStoppedError, StorageError
 from storage.records import Kind, Version
 from storage.table_seal import check_seal, write_seal
@@ -182,7 +182,7 @@ class Table:
         changes: Mapping[Kind, Mapping[int, bytes]],
         write_ids: Mapping[bytes, bytes | None] | None = None,
     ) -> None:
-        """One synced transaction: entries into the rowsets `state` names, write_ids (None removes), state.
+        """One synced transaction: entries (GONE removes) into the rowsets `state` names, write_ids (None removes), state.
 
         Raises DiskFullError (nothing has changed), ReplicaStoppedError, DamagedError.
         """
@@ -196,7 +196,10 @@ class Table:
         def work(txn: Any) -> None:
             for db, pairs in batches:
                 with txn.cursor(db=db) as cursor:
-                    cursor.putmulti(pairs)
+                    cursor.putmulti([pair for pair in pairs if pair[1] != GONE])
+                for key, entry in pairs:
+                    if entry == GONE:
+                        txn.delete(key, db=db)
             for key, value in (write_ids or {}).items():
                 if value is None:
                     txn.delete(key, db=writes)
