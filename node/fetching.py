@@ -286,21 +286,7 @@ class Fetcher:
         installing = Installing(old.directory)
         self.counters["fetches"] += 1
         try:
-            await self._runner(installing.clear)
-            await fetch(
-                snapshot, link, installing.fetch,
-                throttle=self._throttle, transfer=transfer, runner=self._runner,
-                wanted=lambda: actor.election.takes(snapshot.epoch),
-            )  # fmt: skip
-            self.counters["fetched_bytes"] += snapshot.bytes
-            state = await self._runner(_prepare, installing.fetch, old)
-            if state.position != snapshot.position:
-                raise SnapshotError("snapshot_damaged", "it does not end where it was said to end")  # noqa: TRY301
-            install = partial(_install, installing, state)
-            if not await actor.replace(snapshot.epoch, state.position, install, self._runner):
-                raise SnapshotError(
-                    "overtaken", "this replica does not follow that epoch, or not from there, any more"
-                )  # noqa: TRY301
+            await self._put_in_place(actor, snapshot, link, transfer, installing)
         except Exception:
             await self._runner(partial(shutil.rmtree, installing.fetch, ignore_errors=True))
             raise
@@ -308,6 +294,28 @@ class Fetcher:
         await self._settle()
         await self._runner(old.abort)
         await self._runner(installing.clear)
+
+    async def _put_in_place(
+        self,
+        actor: ShardActor,
+        snapshot: Snapshot,
+        link: PeerLink,
+        transfer: Transfer,
+        installing: Installing,
+    ) -> None:
+        await self._runner(installing.clear)
+        await fetch(
+            snapshot, link, installing.fetch,
+            throttle=self._throttle, transfer=transfer, runner=self._runner,
+            wanted=lambda: actor.election.takes(snapshot.epoch),
+        )  # fmt: skip
+        self.counters["fetched_bytes"] += snapshot.bytes
+        state = await self._runner(_prepare, installing.fetch, actor.replica)
+        if state.position != snapshot.position:
+            raise SnapshotError("snapshot_damaged", "it does not end where it was said to end")
+        install = partial(_install, installing, state)
+        if not await actor.replace(snapshot.epoch, state.position, install, self._runner):
+            raise SnapshotError("overtaken", "its epoch is not followed any more, or our log is beyond it")
 
 
 def _prepare(directory: Path, old: Replica) -> TableState:
@@ -327,7 +335,7 @@ def _install(installing: Installing, state: TableState, old: Replica) -> Replica
     if kept is not None:
         log.warning("tail kept", shard=old.shard, after=shared, file=kept.name, records=kept.records)
     try:
-        installing.swap(old.carried())
+        installing.swap([file.path for file in old.side_files()], old.quarantine_path)
         try:
             return Replica.open(old.directory, shard=old.shard, node_id=old.node_id, config=old.config)
         except StorageError as error:

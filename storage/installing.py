@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from storage.files import fsync_directory
+from storage.side import carry
 
 
 class Installing:
@@ -47,10 +48,11 @@ class Installing:
             if path.exists():
                 shutil.rmtree(path)
 
-    def swap(self, carried: Iterable[Path]) -> None:
-        """What is in `fetch`, a whole and durable replica, takes the place; files of the old one in `carried` come along."""
-        for path in carried:
-            os.link(path, self.fetch / path.name)
+    def swap(self, tails: Iterable[Path], quarantine: Path) -> None:
+        """What is in `fetch`, a whole and durable replica, takes the place; side files and quarantine come along."""
+        carry(tails, self.fetch)
+        if quarantine.exists():
+            os.link(quarantine, self.fetch / quarantine.name)
         fsync_directory(self.fetch)
         self._rename(self.fetch, self.new)
         try:

@@ -402,9 +402,10 @@ class Replica:
         """
         return self._sides.keep(self._log.tail(max(sequence, self._log.first_sequence - 1)))
 
-    def carried(self) -> list[Path]:
-        """The files that a replica that takes this one's place must have, too."""
-        return [file.path for file in self.side_files()]
+    @property
+    def quarantine_path(self) -> Path:
+        """Where records are put aside."""
+        return self._quarantine.path
 
     def side_files(self) -> list[SideFile]:
         """What was cut and not yet removed, oldest first."""
@@ -480,6 +481,8 @@ class Replica:
             "table": self._table,
             "files": {kind: space.file for kind, space in self._spaces.items()},
             "index": opening.index_directory(self.directory, self.view.rowset),
+            # Of what was cut, rows may still be in the table; whoever has those must offer it, too.
+            "tails": [file.path for file in self.side_files()],
             "record_at": lambda sequence: self.read_log(sequence - 1, 1),
         }
 

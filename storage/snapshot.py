@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -42,18 +42,20 @@ def pin(
     table: Table,
     files: Mapping[Kind, RowFile],
     index: Path,
+    tails: Sequence[Path],
     record_at: Callable[[int], bytes],
     link: bool,
 ) -> Pinned:
     """The last checkpoint's files in `directory`, which must not exist; with `link` nothing is copied that only grows.
 
-    record_at: the log's raw record at a sequence. Not beside `finish_compaction`; only beside checkpoints when the log keeps
-    the record at the position of the one that is taken. Raises DiskFullError, ReplicaStoppedError, LogGoneError,
-    FileExistsError; then `directory` does not exist.
+    tails: side files. record_at: the log's raw record at a sequence. Not beside `finish_compaction`; beside checkpoints only
+    when the log keeps the record at the position of the one that is taken.
+
+    Raises DiskFullError, ReplicaStoppedError, LogGoneError, FileExistsError; then `directory` does not exist.
     """
     directory.mkdir(parents=True)
     try:
-        return _gather(directory, table, files, index, record_at, _link if link else _copy)
+        return _gather(directory, table, files, index, tails, record_at, _link if link else _copy)
     except OSError as error:
         shutil.rmtree(directory, ignore_errors=True)
         raise disk_error(error, directory) from error
@@ -67,10 +69,15 @@ def _gather(
     table: Table,
     files: Mapping[Kind, RowFile],
     index: Path,
+    tails: Sequence[Path],
     record_at: Callable[[int], bytes],
     take: Callable[[Path, Path, int | None], None],
 ) -> Pinned:
-    # The table first: rows that it does not know yet may follow in the files, and are not part of it.
+    for source in tails:
+        # Before the table, because a tail that is done with may go at any time, and then needs nobody any more.
+        with suppress(FileNotFoundError):
+            take(source, directory / source.name, None)
+    # The table before the rows: rows that it does not know yet may follow in the files, and are not part of it.
     table.copy(directory / "table")
     copied = Table.open(directory / "table")
     try:
@@ -105,10 +112,13 @@ def export(
     table: Table,
     files: Mapping[Kind, RowFile],
     index: Path,
+    tails: Sequence[Path],
     record_at: Callable[[int], bytes],
 ) -> None:
     """What `pin` takes, copied, with the manifest, which comes last. Raises as `pin`."""
-    state, sizes = pin(directory, table=table, files=files, index=index, record_at=record_at, link=False)
+    state, sizes = pin(
+        directory, table=table, files=files, index=index, tails=tails, record_at=record_at, link=False
+    )
     try:
         manifest = {
             "format": FORMAT_VERSION,
