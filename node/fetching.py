@@ -292,7 +292,7 @@ class Fetcher:
             raise
         self.counters["installed"] += 1
         await self._settle()
-        await self._runner(old.abort)
+        await self._runner(old.retire)
         await self._runner(installing.clear)
 
     async def _put_in_place(

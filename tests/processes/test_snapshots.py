@@ -123,6 +123,8 @@ def test_a_node_that_was_away_catches_up_by_snapshots_and_can_lead(tmp_path: Pat
             assert found is not None
             load(client, 900_000, 100)
         daemons[0].start()
+        away.kill()
+        away.start()
         with gmco.connect_blocking(urls, timeout_s=15.0) as client:
             wait_alike(client)
             assert not replicas_differ(client)
