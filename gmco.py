@@ -410,6 +410,24 @@ class Client:
         nodes: list[dict[str, Any]] = (await self._call("keyring", fields, timeout_s))["nodes"]
         return nodes
 
+    async def cluster(
+        self,
+        action: Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"],
+        fields: dict[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Does something with the layout through the node in use, where changes are staged (docs/protocol.md, *Cluster*).
+
+        The node is told to give up before we do, so that what has become of a commit is said, not guessed.
+        """
+        given = {name: value for name, value in (fields or {}).items() if value is not None}
+        allowed_s = self._timeout_s if timeout_s is None else timeout_s
+        given |= {"action": action, "timeout_ms": min(max(1.0, 800 * allowed_s), 60_000.0)}
+        changes = action in ("commit", "init", "recover")
+        reply = await self._call("cluster", given, allowed_s, write=changes)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
     async def shards(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """`replicas`: every replica of every node, as that node tells it; `silent`: nodes that did not answer."""
         reply = await self._call("shards", {}, timeout_s)
@@ -609,12 +627,14 @@ class Client:
         deadline = trio.current_time() + (self._timeout_s if timeout_s is None else timeout_s)
         last: GmcoError | None = None
         refusals = 2 * len(self._urls)
-        scope = trio.CancelScope(deadline=deadline)
+        # Of a question that waits for news, the waiting is for the answer, not for a node.
+        scope = trio.CancelScope(deadline=trio.current_time() + self._timeout_s if stay else deadline)
         self._calls.add(scope)
         try:
             with scope:
                 for attempt in range(ATTEMPTS_MAX):
-                    link = await self._connected(trio.current_time() + self._timeout_s if stay else math.inf)
+                    link = await self._connected()
+                    scope.deadline = deadline
                     if bounded and (write or timeout_s is not None):
                         left_ms = (deadline - trio.current_time()) * 1000
                         fields["timeout_ms"] = min(max(left_ms, 1.0), 60_000.0)
@@ -662,8 +682,10 @@ class Client:
             self._calls.discard(scope)
 
     async def _connected(self, give_up_at: float = math.inf) -> _Link:
-        """A live connection: the one in use, or else one to the next node that takes us. Raises what `_nobody` tells when
-        at `give_up_at` each has been tried and none takes us."""
+        """A live connection: the one in use, or else one to the next node that takes us.
+
+        Raises Unavailable when from `give_up_at` on each is away; one that is silent or full may take us yet.
+        """
         if self._closed:
             raise Unavailable("unavailable", "the client is closed")
         link = self._links.get(self._urls[self._at])
@@ -677,10 +699,13 @@ class Client:
                     if found is not None:
                         self._at = at
                         return found
-                if trio.current_time() >= give_up_at:
+                away = all(isinstance(self._why.get(url), Unavailable) for url in self._urls)
+                if away and trio.current_time() >= give_up_at:
                     raise self._nobody()
-                soonest = min(give_up_at, *self._not_before.values())
-                await trio.sleep(max(0.001, soonest - trio.current_time()))
+                until = min(self._not_before.values())
+                if away:
+                    until = min(until, give_up_at)
+                await trio.sleep(max(0.001, until - trio.current_time()))
 
     async def _try(self, url: str) -> _Link | None:
         if self._not_before[url] > trio.current_time():
@@ -690,7 +715,7 @@ class Client:
             return link
         try:
             opened: _Link = await self._nursery.start(_hold, url)
-        except (Unavailable, DeadlineExceeded) as error:
+        except (Unavailable, Overloaded, DeadlineExceeded) as error:
             self._why[url] = error
             self._failures[url] += 1
             self._not_before[url] = trio.current_time() + _pause_s(self._failures[url])
@@ -772,7 +797,10 @@ async def _open(url: str) -> tuple[_Stream, str, str]:
 
 
 def _why_not(error: BaseException | None, *, connected: bool) -> GmcoError:
-    """Why a connection did not open, in a few words: Unavailable, or DeadlineExceeded when nothing came in time."""
+    """Why a connection did not open, in a few words.
+
+    Unavailable: there is no node. Overloaded: it takes no more connections now. DeadlineExceeded: nothing came in time.
+    """
     leaf = error
     while True:
         if isinstance(leaf, BaseExceptionGroup):
@@ -784,6 +812,8 @@ def _why_not(error: BaseException | None, *, connected: bool) -> GmcoError:
     if isinstance(leaf, trio.TooSlowError):
         what = "it takes connections, but does not speak as a node does" if connected else "timed out"
         return DeadlineExceeded("deadline_exceeded", f"{what} ({DIAL_S:g} s)")
+    if isinstance(leaf, ConnectionRejected) and leaf.status_code == 503:
+        return Overloaded("overloaded", "it takes no connections now (HTTP 503): it is full, or stops")
     return Unavailable("unavailable", _reason(leaf))
 
 
@@ -793,8 +823,6 @@ def _reason(error: BaseException | None) -> str:
     if isinstance(error, socket.gaierror):
         return "name not found"
     if isinstance(error, ConnectionRejected):
-        if error.status_code == 503:
-            return "it takes no connections now (HTTP 503): it is stopping, or has enough"
         return f"not a GMC-O node (HTTP {error.status_code})"
     if isinstance(error, ConnectionClosed | trio.BrokenResourceError):
         return "not a GMC-O node (it closed the connection)"
@@ -846,8 +874,8 @@ async def connect(
 ) -> AsyncIterator[Client]:
     """A client of the nodes at `urls` (`ws://host:7400`). `timeout_s` is the time limit of calls that give none, too.
 
-    Raises Unavailable, with each node's reason, when each has been tried and none was there within `wait_s`: give more to
-    wait for a cluster that starts. Raises DeadlineExceeded when `timeout_s` are over, or a node was silent, not away.
+    Raises Unavailable, with each node's reason, when none was there within `wait_s`: give more to wait for a cluster that
+    starts. A node that is silent or full is tried for `timeout_s`; then silence is DeadlineExceeded.
     """
     if isinstance(urls, str) or not urls:
         raise BadRequest("bad_request", 'give a list of URLs, as in ["ws://127.0.0.1:7400"]', "urls")
@@ -899,6 +927,7 @@ class BlockingClient:
     events = _blocking(Client.events)
     forget_node = _blocking(Client.forget_node)
     keyring = _blocking(Client.keyring)
+    cluster = _blocking(Client.cluster)
     shards = _blocking(Client.shards)
     failover = _blocking(Client.failover)
     recommend = _blocking(Client.recommend)

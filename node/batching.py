@@ -94,6 +94,9 @@ class _Maker:
 
     def offer(self, records: Sequence[Record]) -> Written:
         """Each unless something as new is there; with the version, write_id and time of its first writing."""
+        unfit = unfit_reason(records, self.replica.config)
+        if unfit:
+            raise NodeError("bad_request", unfit)
         aside: list[Record] = []
         again: list[Record] = []
         for record in records:
@@ -120,7 +123,7 @@ class _Maker:
         return Version(records[-1].epoch, records[-1].sequence) if records else self.replica.position
 
 
-def unfit_reason(changes: Sequence[Change], config: StorageConfig) -> str | None:
+def unfit_reason(changes: Sequence[Change | Record], config: StorageConfig) -> str | None:
     """Why changes must not enter the log. The coordinator has checked them by its own settings, not by ours."""
     for change in changes:
         if change.classes and max(change.classes) >= config.class_width:

@@ -124,6 +124,8 @@ class _Candidacy:
     asking: bool = True
     yes: set[str] = field(default_factory=set)
     forced: bool = False
+    # Voters of the placement that the epoch is to be opened under; a majority of them must promise, too (`overlap`).
+    also: tuple[str, ...] = ()
 
 
 class Election:
@@ -203,9 +205,15 @@ class Election:
 
     def _measure_lease(self) -> None:
         """By our own clock: a majority's newest echo, our own being now."""
-        needed = len(self.voters) // 2 + 1 - (self.name in self.voters)
-        if needed <= 0:
+        if self.name not in self.voters:
+            self._lease_until = -math.inf
+            return
+        needed = len(self.voters) // 2
+        if not needed:
             self._lease_until = math.inf
+            return
+        if not self.voters:
+            self._lease_until = -math.inf  # no placement names anybody yet, as far as we know
             return
         others = sorted((self._echoed.get(v, -math.inf) for v in self.voters if v != self.name), reverse=True)
         self._lease_until = others[needed - 1] + self._config.lease_use * self._config.lease_s
@@ -232,11 +240,11 @@ class Election:
 
     # -- standing ---------------------------------------------------------------------------------------------------
 
-    def _stand(self, now: float, released: int) -> list[Effect]:
+    def _stand(self, now: float, released: int, also: tuple[str, ...] = ()) -> list[Effect]:
         self.role = Role.CANDIDATE
         self.primary = None
         epoch = max(self.seen, self.promised, self._persisting, self._last().epoch) + 1
-        self._candidacy = _Candidacy(epoch, released, yes={self.name})
+        self._candidacy = _Candidacy(epoch, released, yes={self.name}, also=also)
         config = self._config
         self._stand_at = (
             now + config.candidacy_s + self._random.uniform(config.retry_min_s, config.retry_max_s)
@@ -278,7 +286,10 @@ class Election:
     def _count(self, now: float) -> list[Effect]:
         candidacy = self._candidacy
         assert candidacy is not None
-        if len(candidacy.yes & set(self.voters)) < self.majority and not candidacy.forced:
+        yes = candidacy.yes & set(self.voters)
+        also = candidacy.also
+        enough = len(yes) >= self.majority and (not also or len(yes & set(also)) > len(also) // 2)
+        if not enough and not candidacy.forced:
             return []
         if candidacy.asking:
             candidacy.asking, candidacy.yes = False, set()
@@ -384,6 +395,13 @@ class Election:
         released = self.epoch
         return self._step_down(f"epoch {epoch} has been promised", now) + self._stand(now, released)
 
+    def on_leader(self, epoch: int, now: float) -> list[Effect]:
+        """Somebody has opened `epoch`. If it is above ours, that one leads, and we follow."""
+        self.seen = max(self.seen, epoch)
+        if self.role is not Role.PRIMARY or epoch <= self.epoch:
+            return []
+        return self._step_down(f"epoch {epoch} has been opened", now)
+
     def _step_down(self, reason: str, now: float) -> list[Effect]:
         epoch = self.epoch
         self.role, self.primary, self._candidacy = Role.FOLLOWER, None, None
@@ -397,12 +415,13 @@ class Election:
         """As primary: this replica cannot write (its disk is full, say); let another stand."""
         return self._step_down(reason, now) if self.role is Role.PRIMARY else []
 
-    def renew(self, now: float) -> list[Effect]:
-        """As primary: stand again above our own epoch, with our lease given up, to open one under a new placement."""
+    def renew(self, now: float, also: Iterable[str] = ()) -> list[Effect]:
+        """As primary: stand again above our own epoch, with our lease given up, to open one under a new placement, whose voters
+        are `also`. Of those who vote already a majority of the new ones must promise: a learner has no promise to give."""
         if self.role is not Role.PRIMARY:
             return []
         released = self.epoch
-        return self._step_down("its placement changes", now) + self._stand(now, released)
+        return self._step_down("its placement changes", now) + self._stand(now, released, tuple(also))
 
     def force(self, epoch: int, now: float) -> list[Effect]:
         """Open `epoch` without anybody's promise but our own. What that can lose, docs/ownership.md says."""
@@ -414,6 +433,10 @@ class Election:
         return [*effects, *self._persist(epoch)]
 
     # -- handing over -----------------------------------------------------------------------------------------------
+
+    @property
+    def resigned(self) -> bool:
+        return self._resigned
 
     def resign(self) -> None:
         """No write is begun or acknowledged any more, so that the successor's log can become whole."""

@@ -7,7 +7,7 @@ host cost their voters one message and one write, not one each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import structlog
 import trio
@@ -44,9 +44,18 @@ MESSAGES_MAX = 4_096
 HAND_OVER_S = 3.0
 POLL_S = 0.02
 
-# Told to everybody when an epoch is open, by the one who opened it; not a message of the machine.
-_LEADS = "leads"
+# Far above what elections reach, and with room above it: epochs are u64 in logs and messages.
+EPOCH_MAX = 1 << 60
+
+
+class _Leads(NamedTuple):
+    """Told to everybody when an epoch is open, by the one who opened it; not a message of the machine."""
+
+    epoch: int
+
+
 _KINDS: dict[str, type[Any]] = {
+    "leads": _Leads,
     "ask": Ask,
     "would": Would,
     "stand": Stand,
@@ -76,12 +85,15 @@ class Failover:
         self._sending: set[str] = set()
         # (shard, voter) → replica id: whom the first epoch of a shard will name.
         self._founders: dict[tuple[int, str], int] = {}
-        # Under which placement the next epoch of a shard is to be opened, when not under the present one.
-        self._next: dict[int, Placement] = {}
+        # Under which placement the next epoch of a shard is to be opened, when not under the present one: (present, next).
+        self._next: dict[int, tuple[Placement, Placement]] = {}
         self._nursery: trio.Nursery | None = None
         self.counters = {"elections": 0, "led": 0, "stepped_down": 0, "dropped": 0}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+        # After a crash: whoever was sending is gone.
+        self._sending.clear()
+        self._outbox.clear()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             for actor in self._shards.values():
@@ -128,16 +140,20 @@ class Failover:
         self.act(actor, actor.election.on_persisted(epoch, trio.current_time()))
 
     async def _lead(self, actor: ShardActor, epoch: int) -> None:
-        placement = self._next.pop(actor.shard, None) or self._present(actor)
+        # Another may have led meanwhile, and changed it.
+        before, placement = self._next.pop(actor.shard, (None, actor.placement))
+        if before != actor.placement:
+            placement = self._present(actor)
         if await actor.open_epoch(epoch, placement):
             self.counters["led"] += 1
             self._on_change()
             for name in self._links:
-                self._tell(actor, name, [_LEADS, epoch])
+                self._tell(actor, name, [_NAMES[_Leads], epoch])
 
     def _present(self, actor: ShardActor) -> Placement:
         if not actor.founding:
-            return actor.placement
+            # Under another id than it is named by it leads only when it was forced to.
+            return actor.placement.replaced(self._name, actor.replica.replica_id)
         shard = actor.shard
         ids = {name: self._founders.get((shard, name), 0) for name in actor.placement.names}
         ids[self._name] = actor.replica.replica_id
@@ -171,16 +187,25 @@ class Failover:
     def on_peer(self, peer: str, body: Any) -> None:
         """Handler of `elect`: [[shard, the sender's replica id, kind, fields…]…]. Answers nothing."""
         now = trio.current_time()
-        for shard, replica, kind, *fields in body:
-            actor = self._shards.get(shard)
+        for told in body:
+            try:
+                shard, replica, kind, *fields = told
+                actor = self._shards.get(shard)
+                message = _message(kind, fields)
+            except (TypeError, ValueError):  # of a newer version, or broken: the others still count
+                self.counters["dropped"] += 1
+                continue
             if actor is None:
                 continue
-            if kind == _LEADS:
-                (epoch,) = fields
-                self.act(actor, actor.election.on_higher_epoch(epoch, now))
-                actor.hear_of(epoch, peer)
-            elif kind in _KINDS:
-                self._on_message(actor, peer, replica, _message(kind, fields), now)
+            if isinstance(message, _Leads):
+                self.hear(actor, message.epoch, peer)
+            else:
+                self._on_message(actor, peer, replica, message, now)
+
+    def hear(self, actor: ShardActor, epoch: int, primary: str) -> None:
+        """That node says, to us or by gossip, that it leads in that epoch."""
+        self.act(actor, actor.election.on_leader(epoch, trio.current_time()))
+        actor.hear_of(epoch, primary)
 
     def _on_message(self, actor: ShardActor, peer: str, replica: int, message: Message, now: float) -> None:
         if actor.founding:
@@ -210,23 +235,32 @@ class Failover:
         if reign is None:
             raise actor.not_primary()
         progress = reign.progress
+        election = actor.election
         if to not in progress.positions or to == self._name:
             raise NodeError(
                 "no_successor", f"{to or 'no other voter'} does not follow shard {actor.shard} now"
             )
+        if election.resigned:
+            raise NodeError("no_successor", f"shard {actor.shard} is being handed over already")
+
+        def behind() -> bool:
+            # It has no position any more when its log has parted from ours.
+            return progress.positions.get(to, -1) < actor.end
+
         deadline = trio.current_time() + timeout_s
-        election = actor.election
         election.resign()
-        with trio.move_on_at(deadline - timeout_s / 2):
-            while not reign.ended and progress.positions[to] < actor.replica.logged:
-                changed = actor.changed
-                await changed()
-        if reign.ended:
-            return
-        if progress.positions[to] < actor.replica.logged:
-            election.resume()
-            raise NodeError("no_successor", f"{to} has not caught up with shard {actor.shard} in time")
-        self.act(actor, election.hand_over(to, trio.current_time()))
+        try:
+            with trio.move_on_at(deadline - timeout_s / 2):
+                while not reign.ended and behind():
+                    await actor.changed()
+            if reign.ended:
+                return
+            if behind():
+                raise NodeError("no_successor", f"{to} has not caught up with shard {actor.shard} in time")
+            self.act(actor, election.hand_over(to, trio.current_time()))
+        finally:
+            if not reign.ended:
+                actor.resume()
         with trio.move_on_at(deadline):
             while actor.hint[0] <= reign.epoch:
                 await actor.changed()
@@ -247,18 +281,50 @@ class Failover:
                 if actor.leads:
                     nursery.start_soon(one, actor)
 
+    def change(self, actor: ShardActor, new: Placement) -> bool:
+        """As primary: open an epoch under `new`. False when the present epoch is not settled yet, or the lease is not held:
+        one change at a time (`overlap`)."""
+        reign = actor.reign
+        if reign is None or not actor.settled or not actor.election.may_acknowledge(trio.current_time()):
+            return False
+        log.info(
+            "placement changes",
+            shard=actor.shard,
+            voters=new.names,
+            learners=[name for name, _ in new.learners],
+        )
+        self._next[actor.shard] = actor.placement, new
+        self.act(actor, actor.election.renew(trio.current_time(), new.names))
+        return True
+
+    def force(self, actor: ShardActor, epoch: int) -> None:
+        """Open `epoch` with this replica as the only voter; who else is wished comes back as a learner first."""
+        alone = Placement(((self._name, actor.replica.replica_id),))
+        self._next[actor.shard] = actor.placement, alone
+        self.act(actor, actor.election.force(epoch, trio.current_time()))
+
     def readmit(self, actor: ShardActor, name: str, replica: int) -> None:
         """A voter on a new disk is level: open an epoch that names its new replica."""
-        now = trio.current_time()
-        if actor.leads and actor.election.may_acknowledge(now):
+        if self.change(actor, actor.placement.replaced(name, replica)):
             log.warning("voter readmitted", shard=actor.shard, voter=name)
-            self._next[actor.shard] = actor.placement.replaced(name, replica)
-            self.act(actor, actor.election.renew(now))
 
 
-def _message(kind: str, fields: Sequence[Any]) -> Message:
-    made: Message = _KINDS[kind](*fields)
+def _message(kind: Any, fields: Sequence[Any]) -> Message | _Leads:
+    """Raises TypeError, ValueError."""
+    if kind not in _KINDS:
+        raise ValueError(f"{kind!r:.40} is no message of an election")
+    made: Message | _Leads = _KINDS[kind](*fields)
     if isinstance(made, Ask | Stand):
-        epoch, sequence = made.last
-        made = made._replace(last=Version(int(epoch), int(sequence)))
+        at, sequence = made.last
+        made = made._replace(last=Version(at, sequence))
+        _check(at, sequence, made.epoch, made.released)
+    elif isinstance(made, Refuse):
+        _check(made.epoch, made.promised)
+    else:
+        _check(*made)
     return made
+
+
+def _check(*numbers: Any) -> None:
+    if not all(type(number) is int and 0 <= number < EPOCH_MAX for number in numbers):
+        raise ValueError(f"{numbers!r:.80} are not epochs and sequences")

@@ -291,9 +291,10 @@ class Fetcher:
             await self._runner(partial(shutil.rmtree, installing.fetch, ignore_errors=True))
             raise
         self.counters["installed"] += 1
-        await self._settle()
-        await self._runner(old.retire)
-        await self._runner(installing.clear)
+        with trio.CancelScope(shield=True):  # what is left open could not be opened again
+            await self._settle()
+            await self._runner(old.retire)
+            await self._runner(installing.clear)
 
     async def _put_in_place(
         self,

@@ -115,6 +115,8 @@ class Members:
         # Ids of those who said good-bye, or of whom an operator said that they will not come back.
         self._left: dict[int, None] = {}
         self._led: dict[int, tuple[int, str]] = {}
+        self._holders: dict[int, list[str]] = {}
+        self._generation = 0
         self._old = True
         # Whose facts must be read again; parsing those of everybody at each event would cost a large cluster seconds.
         self._changed: set[int] = set()
@@ -167,6 +169,19 @@ class Members:
         """Whether a member of that name was there and left; False when we have never heard of one."""
         return name not in self and any(self._names.get(id) == name for id in self._left)
 
+    @property
+    def generation(self) -> int:
+        """Another number whenever the table has been read anew."""
+        if self._old:
+            self._read()
+        return self._generation
+
+    def holders(self, shard: int) -> list[str]:
+        """Living members that say they have a replica of that shard, by name."""
+        if self._old:
+            self._read()
+        return self._holders.get(shard, [])
+
     def primary(self, shard: int) -> str:
         """Who says, in the greatest epoch, that it leads that shard; empty when nobody does."""
         if self._old:
@@ -194,9 +209,12 @@ class Members:
         self._all = list(self._by_id.values())
         self._all.sort(key=lambda one: (one.name, not one.alive, one.id))
         self._by_name = {}
-        self._led = {}
+        self._generation += 1
+        self._led, self._holders = {}, {}
         for one in self._all:
             if one.alive:
+                for held in one.held:
+                    self._holders.setdefault(held.shard, []).append(one.name)
                 for shard, epoch in one.led.items():
                     self._led[shard] = max((epoch, one.name), self._led.get(shard, (0, "")))
         claimed: dict[str, list[int]] = {}

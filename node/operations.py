@@ -9,10 +9,11 @@ import structlog
 
 from node.history import History
 from node.keyrings import Keyrings
+from node.layouts import Layouts
 from node.status import Parts, own_status, whole_status
 from node.steering import Steering
 from router.errors import RequestError
-from router.operating import Events, FailOver, ForgetNode, Keyring, Operating, Shards, Status
+from router.operating import Cluster, Events, FailOver, ForgetNode, Keyring, Operating, Shards, Status
 
 log = structlog.get_logger(__name__)
 
@@ -20,8 +21,8 @@ log = structlog.get_logger(__name__)
 class Operations:
     """Answers what does not need shards, so that a node that waits can be asked what for."""
 
-    def __init__(self, parts: Parts, history: History, keyrings: Keyrings) -> None:
-        self._parts, self._history, self._keyrings = parts, history, keyrings
+    def __init__(self, parts: Parts, history: History, keyrings: Keyrings, layouts: Layouts) -> None:
+        self._parts, self._history, self._keyrings, self._layouts = parts, history, keyrings, layouts
 
     def handle(self, request: Operating) -> dict[str, Any] | Awaitable[dict[str, Any]]:
         """The reply's fields. Raises RequestError."""
@@ -38,6 +39,8 @@ class Operations:
                 return self._shards()
             case FailOver():
                 return self._steering().apply(request)
+            case Cluster():
+                return self._layouts.handle(request)
 
     def _steering(self) -> Steering:
         if self._parts.steering is None:

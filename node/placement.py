@@ -53,7 +53,7 @@ def unpack(data: bytes) -> Placement:
     try:
         form, voters, learners, *_ = msgpack.unpackb(data)
         placement = Placement(_replicas(voters), _replicas(learners))
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise PlacementError(f"not a placement: {error}") from error
     if form != FORM or not placement.voters or len(set(placement.holders)) < len(placement.holders):
         raise PlacementError(f"not a placement of form {FORM} with voters, each replica named once")

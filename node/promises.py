@@ -38,7 +38,7 @@ def load(path: Path) -> Known:
         if version != FORMAT:
             raise FormatError(f"{path} has format {version}, this build knows {FORMAT}")
         return {int(shard): (int(replica), int(epoch)) for shard, (replica, epoch) in entries.items()}
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, msgpack.UnpackException) as error:
         raise DamagedError(path, None, f"it is not a list of promises: {error}") from error
 
 

@@ -10,6 +10,7 @@ answer  [STREAM, epoch, stamp, primary's last, lag ms, raw records]
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +44,26 @@ class Pull:
 def read_pull(body: Any) -> Pull:
     """Raises TypeError, ValueError."""
     shard, replica, epoch, promised, (at, sequence, check), echo, max_bytes, wait_ms = body
-    named = Fingerprint(int(at), int(sequence), int(check))
-    bounds = min(int(max_bytes), BYTES_MAX), min(int(wait_ms), WAIT_MS_MAX)
-    stamp = None if echo is None else float(echo)
-    return Pull(int(shard), int(replica), int(epoch), int(promised), named, stamp, *bounds)
+    named = Fingerprint(_number(at), _number(sequence), _number(check))
+    bounds = min(_number(max_bytes), BYTES_MAX), min(_number(wait_ms), WAIT_MS_MAX)
+    stamp = None if echo is None else _stamp(echo)
+    return Pull(_number(shard), _number(replica), _number(epoch), _number(promised), named, stamp, *bounds)
+
+
+def _number(value: Any) -> int:
+    """What counts something. Raises TypeError, ValueError."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.40} is not a number")
+    if value < 0:
+        raise ValueError(f"{value} is below 0")
+    return value
+
+
+def _stamp(value: Any) -> float:
+    """A time by somebody's monotonic clock. Raises TypeError, ValueError."""
+    if type(value) not in (float, int) or not math.isfinite(value):
+        raise TypeError(f"{value!r:.40} is not a time")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +107,18 @@ Answer = Streamed | Forked | NotPrimary
 def read_answer(body: Any) -> Answer:
     """Raises TypeError, ValueError."""
     kind, epoch, *rest = body
+    epoch = _number(epoch)
     if kind == STREAM:
         stamp, last, lag_ms, records = rest
-        return Streamed(epoch, stamp, last, lag_ms, records)
+        if type(records) is not bytes:
+            raise TypeError("streamed records are not bytes")
+        return Streamed(epoch, _stamp(stamp), _number(last), _number(lag_ms), records)
     if kind == FORK:
         stamp, (at, sequence) = rest
-        return Forked(epoch, stamp, Fork(Version(at, sequence)))
+        return Forked(epoch, _stamp(stamp), Fork(Version(_number(at), _number(sequence))))
     if kind == NOT_PRIMARY:
         (primary,) = rest
+        if type(primary) is not str:
+            raise TypeError("the name of a primary is not a string")
         return NotPrimary(epoch, primary)
     raise ValueError(f"an answer to a pull of kind {kind!r}")

@@ -13,7 +13,15 @@ import trio
 from node import replication
 from node.fetching import Fetcher, SnapshotError, Transfer, opened
 from node.links import Links
-from node.peerlink import PeerError, PeerGoneError, PeerLink, PeerTimeoutError, RemoteError
+from node.peerlink import (
+    PeerError,
+    PeerGoneError,
+    PeerLink,
+    PeerOverloadedError,
+    PeerTimeoutError,
+    PeerTooLargeError,
+    RemoteError,
+)
 from node.pulls import Answer, Forked, NotPrimary, Pull, Streamed, read_answer
 from node.shard import ShardActor
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
@@ -107,6 +115,12 @@ class Replicator:
             except LogGoneError:
                 # The logs part before ours begins.
                 await self._catch_up(primary)
+            except (PeerOverloadedError, PeerTooLargeError) as error:
+                self._say(f"stuck: {error.code}", str(error))
+                await self._back_off()
+            except ReplicaStoppedError as error:
+                # Never again into the dark: the process stops, loudly, through the supervisor.
+                raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
             except DiskFullError as error:
                 self._say(f"stuck: {error.code}", str(error))
                 await self._back_off()
@@ -238,12 +252,8 @@ class Replicator:
         if isinstance(step, replication.Take):
             # Not level from now on, however long our disk takes.
             self.behind = answer.primary_last - last.sequence
-            try:
-                if not await actor.follow(answer.epoch, blobs, batch):
-                    return
-            except ReplicaStoppedError as error:
-                # Never again into the dark: the process stops, loudly, through the supervisor.
-                raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
+            if not await actor.follow(answer.epoch, blobs, batch):
+                return
         self._state = "following"
         self.behind = max(0, answer.primary_last - actor.replica.position.sequence)
         self._old_ms = answer.lag_ms if self.behind else 0

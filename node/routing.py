@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from gossip.messages import State
 from node.facts import Health
@@ -36,6 +37,8 @@ class GossipCluster:
         self._links = links
         self._shards, self._replicators = shards, replicators
         self._health = health
+        self._seen: dict[int, Placement] = {}
+        self._generation = -1
         self._local_node = node
         self._remote: dict[str, RemoteNode] = {}
 
@@ -48,7 +51,20 @@ class GossipCluster:
         return remote
 
     def placement(self, shard: int) -> Placement:
-        return self._placements[shard]
+        """Who holds it, as they say: the wished ones first. While nobody has said so, those who are wished."""
+        generation = self._members.generation
+        if generation != self._generation:
+            self._generation = generation
+            self._seen.clear()
+        seen = self._seen.get(shard)
+        if seen is None:
+            wished = self._placements[shard]
+            holders = self._members.holders(shard)
+            names = [name for name in wished.voters if name in holders]
+            names += [name for name in holders if name not in names]
+            seen = replace(wished, voters=tuple(names)) if names else wished
+            self._seen[shard] = seen
+        return seen
 
     def primary(self, shard: int) -> str:
         actor = self._shards.get(shard)

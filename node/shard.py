@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import structlog
@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 QUEUE_BYTES_MAX = 64 << 20
 # A new primary has no lease before a majority has pulled from it; a write waits this long for one.
 LEASE_WAIT_S = 1.0
+# A learner this near may become a voter: what is missing comes with its next pull or two.
+LEVEL_RECORDS = 1_000
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +47,8 @@ class Reign:
     epoch: int
     progress: Progress
     ended: str = ""
+    # Where everybody's log ended who has pulled in this epoch and matched, learners and strangers included.
+    heard: dict[str, int] = field(default_factory=dict)
 
 
 class ShardActor:
@@ -95,16 +99,18 @@ class ShardActor:
         self.reign: Reign | None = None
         # Who leads in which epoch, as far as we have heard.
         self.hint: tuple[int, str] = (0, "")
+        voters = self._voters()
         self.election = Election(
             election or ElectionConfig(),
             name,
-            voters=self._voters(),
+            voters=voters,
             promised=promised,
             last=lambda: self._end,
             random=random or Random(),
             now=trio.current_time(),
             founding=self.founding,
-            owes=owes,
+            # Who votes alone has promised its silence to nobody else.
+            owes=owes and voters != (name,),
         )
         # Carry out what the election says, and let a voter on a new disk in again; set by whoever drives it.
         self.act: Callable[[ShardActor, list[Effect]], None] = lambda _actor, _effects: None
@@ -235,6 +241,23 @@ class ShardActor:
         self._tell_moved()
         self._tell()
 
+    def resume(self) -> None:
+        """The successor did not come level: write on."""
+        self.election.resume()
+        self._tell()
+
+    @property
+    def end(self) -> int:
+        """The last sequence of our log, bytes that are being written included."""
+        return self._end.sequence
+
+    @property
+    def settled(self) -> bool:
+        """As primary: our epoch's record, and so everything before it, is on a quorum that follows us."""
+        reign = self.reign
+        start = self.replica.epoch_starts.get(reign.epoch) if reign is not None else None
+        return reign is not None and start is not None and reign.progress.reached("quorum") >= start
+
     def not_primary(self) -> NodeError:
         known = f"; its primary is {self.hint[1]}" if self.hint[1] not in ("", self.name) else ""
         return NodeError("no_primary", f"shard {self.shard} is not written through {self.name}{known}")
@@ -279,11 +302,14 @@ class ShardActor:
             with trio.move_on_at(until) as scope:
                 await self._changed.wait()
             if scope.cancelled_caught:
-                raise NodeError(
-                    "no_lease",
-                    f"the primary of shard {self.shard} has not been heard by a majority of its voters",
-                    50,
-                )
+                raise self._no_lease()
+
+    def _no_lease(self) -> NodeError:
+        return NodeError(
+            "no_lease",
+            f"the primary of shard {self.shard} has not been heard by a majority of its voters",
+            50,
+        )
 
     async def acknowledged(self, at: Version, ack: Ack, deadline: float) -> None:
         """Returns when everything up to `at` is as durable as `ack` asks, and the lease holds then. Raises NodeError."""
@@ -333,7 +359,10 @@ class ShardActor:
         """One group commit: sequences given, one append with one durable write, then applied, then answered."""
         async with self._writing:
             if self.reign is None:
-                return [self.not_primary()] * len(items)
+                return [self.not_primary() for _ in items]
+            if not self.election.may_acknowledge(trio.current_time()):
+                # Handing over, say: what is begun now would be a tail that the successor does not have.
+                return [self._no_lease() for _ in items]
             # Never back: the age of write_ids is counted by these, and a clock that is corrected must not age them all.
             self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
             made = batching.make(self.replica, items, self.reign.epoch, self._newest_ns)
@@ -345,6 +374,9 @@ class ShardActor:
                     self.counters["refused"] += len(items)
                     refused = _refusal(error, was_stopped=self._stopped)
                     self._stopped = self._stopped or isinstance(error, ReplicaStoppedError)
+                    if self._stopped and len(self.placement.voters) > 1:
+                        # Its pulls would be answered and its lease kept, and nothing be written, for ever.
+                        self.act(self, self.election.give_up(str(error), trio.current_time()))
                     # What was answered from the log already needs no disk.
                     applied = self.replica.position
                     return [
@@ -418,6 +450,7 @@ class ShardActor:
         elif pull.epoch == reign.epoch and follower in self.placement.names and self._level(pull):
             self.readmit(self, follower, pull.replica)
             return NotPrimary(*self.hint)
+        reign.heard[follower] = pull.named.sequence
         after = pull.named.sequence
         deadline = trio.current_time() + pull.wait_ms / 1000
         while self.replica.position.sequence <= after and not reign.ended:
@@ -443,6 +476,13 @@ class ShardActor:
                 self.election.on_echo(follower, pull.echo)
             self._tell()
         return Streamed(reign.epoch, trio.current_time(), self.replica.logged, 0, b"")
+
+    def is_level(self, name: str) -> bool:
+        """As primary: that follower has all that we have, or is as good as there."""
+        reign = self.reign
+        return (
+            reign is not None and reign.heard.get(name, -1) >= self.replica.position.sequence - LEVEL_RECORDS
+        )
 
     def _level(self, pull: Pull) -> bool:
         return pull.named.sequence >= self.replica.position.sequence

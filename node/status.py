@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -13,12 +13,13 @@ from gossip.agent import Agent
 from node.config import Config
 from node.facts import Health
 from node.failover import Failover
-from node.fetching import Fetcher
 from node.forming import LayoutGuard
 from node.health import HealthWatch
+from node.holdings import Holdings
 from node.lane import SearchLane
 from node.links import Links
 from node.members import Known, Members
+from node.mover import Mover
 from node.offering import Offering
 from node.promises import Promises
 from node.replicator import Replicator
@@ -46,8 +47,7 @@ class Parts:
     links: Links
     server: AppServer
     state: str = "starting"
-    shards: dict[int, ShardActor] = field(default_factory=dict)
-    replicators: dict[int, Replicator] = field(default_factory=dict)
+    holdings: Holdings | None = None
     layout: Layout | None = None
     guard: LayoutGuard | None = None
     promises: Promises | None = None
@@ -55,14 +55,31 @@ class Parts:
     offering: Offering | None = None
     steering: Steering | None = None
     snapshots: Snapshots | None = None
-    fetcher: Fetcher | None = None
+    mover: Mover | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
 
     @property
+    def shards(self) -> Mapping[int, ShardActor]:
+        return self.holdings.actors if self.holdings is not None else {}
+
+    @property
+    def replicators(self) -> Mapping[int, Replicator]:
+        return self.holdings.replicators if self.holdings is not None else {}
+
+    @property
     def name(self) -> str:
         return self.config.node.name
+
+    def go_by(self, layout: Layout) -> None:
+        """A later layout counts."""
+        self.layout = layout
+
+    def wish(self, shard: int) -> Sequence[str]:
+        """The voters that the layout wants for that shard, the preferred primary first."""
+        layout = self.layout
+        return layout.wished()[shard] if layout is not None and shard < layout.shard_count else ()
 
     def flags(self) -> Health:
         return self.health.flags if self.health is not None else Health(0)
@@ -175,6 +192,8 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "lag_ms": follower.lag_ms if follower else 0,
         "state": follower.state if follower else "starting",
         "snapshot": follower.transfer.figures() if follower else None,
+        "learners": [name for name, _ in actor.placement.learners],
+        "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
     }
 
 
@@ -185,13 +204,17 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "router": parts.coordinator.statistics() if parts.coordinator else {},
         "elections": dict(parts.failover.counters) if parts.failover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},
-        "snapshots": dict(parts.snapshots.counters) | dict(parts.fetcher.counters)
-        if parts.snapshots and parts.fetcher
-        else {},
+        "snapshots": _snapshots(parts),
         "writes": _sum([actor.counters for actor in parts.shards.values()]),
         "gossip": asdict(parts.agent.statistics()),
         "crashes": sum(one.crashes for one in parts.supervisor.statistics()),
     }
+
+
+def _snapshots(parts: Parts) -> dict[str, int]:
+    """Given and taken."""
+    given = parts.snapshots.counters if parts.snapshots else {}
+    return given | (parts.holdings.fetcher.counters if parts.holdings else {})
 
 
 def _sum(counters: Sequence[dict[str, int]]) -> dict[str, int]:

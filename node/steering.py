@@ -146,7 +146,7 @@ class Steering:
             )
         epoch = max(end["promised"] for end in [mine, *ends.values()] if end is not None) + FORCED_ABOVE
         log.error("forced", shard=actor.shard, epoch=epoch, silent=silent)
-        actor.act(actor, actor.election.force(epoch, trio.current_time()))
+        self._failover.force(actor, epoch)
         with trio.move_on_after(left_s):
             while not actor.leads:
                 await actor.changed()

@@ -60,7 +60,23 @@ class FailOver:
     timeout_ms: float | None
 
 
-Operating = Status | Events | ForgetNode | Keyring | Shards | FailOver
+ClusterAction = Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What an operator does to the layout (docs/layout.md). values: region, zone, host, capacity, replication, as given."""
+
+    action: ClusterAction
+    node: str
+    values: dict[str, Any]
+    members: tuple[str, ...]
+    hash: str
+    force: bool
+    timeout_ms: float | None
+
+
+Operating = Status | Events | ForgetNode | Keyring | Shards | FailOver | Cluster
 STATUS = Status()
 
 
@@ -124,6 +140,50 @@ def _fail_over(fields: dict[str, Any]) -> FailOver:
     return FailOver(raw.shard, raw.to, raw.force, raw.confirmed, raw.timeout_ms)
 
 
+# What each action of `cluster` needs, and what it may have besides.
+_PLACES = ("region", "zone", "host", "capacity")
+_CLUSTER_FIELDS: dict[ClusterAction, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "show": ((), ()),
+    "join": (("node",), _PLACES),
+    "leave": (("node",), ()),
+    "set": ((), ("node", "replication", *_PLACES)),
+    "plan": ((), ()),
+    "commit": (("hash",), ()),
+    "revert": ((), ()),
+    "init": ((), ("members",)),
+    "recover": (("force",), ()),
+}
+
+
+def _cluster(fields: dict[str, Any]) -> Cluster:
+    raw = shapes.convert(fields, shapes.ClusterFields)
+    needed, allowed = _CLUSTER_FIELDS[raw.action]
+    given = {
+        name for name in fields if name not in ("action", "timeout_ms") and getattr(raw, name) is not None
+    }
+    for name in needed:
+        if name not in given or getattr(raw, name) is False:
+            raise RequestError("missing_field", f"{raw.action} needs {name}", name)
+    for name in sorted(given.difference(needed, allowed)):
+        raise RequestError("bad_request", f"{raw.action} takes no {name}", name)
+    values = {name: getattr(raw, name) for name in (*_PLACES, "replication") if name in given}
+    if raw.action == "set":
+        whole = "replication" in values
+        if whole == ("node" in given) or (whole and len(values) > 1) or not values:
+            raise RequestError(
+                "bad_request", "set a node's region, zone, host or capacity, or replication alone"
+            )
+    return Cluster(
+        raw.action,
+        raw.node or "",
+        values,
+        tuple(raw.members or ()),
+        raw.hash or "",
+        raw.force,
+        raw.timeout_ms,
+    )
+
+
 PARSERS: dict[str, Callable[[dict[str, Any]], Operating]] = {
     "status": _status,
     "events": _events,
@@ -131,4 +191,5 @@ PARSERS: dict[str, Callable[[dict[str, Any]], Operating]] = {
     "keyring": _keyring,
     "shards": _shards,
     "failover": _fail_over,
+    "cluster": _cluster,
 }

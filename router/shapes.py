@@ -132,6 +132,25 @@ class FailOverFields(Struct, forbid_unknown_fields=True, kw_only=True):
     timeout_ms: Timeout = None
 
 
+Place = Annotated[str, Meta(max_length=64)] | None
+
+
+class ClusterFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    action: Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"]
+    node: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    region: Place = None
+    zone: Place = None
+    host: Place = None
+    capacity: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    replication: Annotated[int, Meta(ge=1, le=7)] | None = None
+    members: (
+        Annotated[list[Annotated[str, Meta(min_length=1, max_length=64)]], Meta(max_length=4_096)] | None
+    ) = None
+    hash: Annotated[str, Meta(min_length=16, max_length=16)] | None = None
+    force: bool = False
+    timeout_ms: Timeout = None
+
+
 def convert(fields: dict[str, Any], shape: type[S]) -> S:
     """`fields` as `shape`. Raises RequestError with the path of what is wrong."""
     try:

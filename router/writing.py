@@ -86,6 +86,8 @@ class _Part:
     ask: WriteAsk
     # A try may have been carried out whose answer we do not have.
     doubtful: bool = False
+    # The last `ack_timeout`: a primary has it on its disk.
+    written: Error | None = None
     tries: int = 0
     # The last refusal: code, message, retry_after_ms.
     error: Error = ("no_primary", "no primary has been tried", None)
@@ -147,6 +149,8 @@ class _Try:
         if not part.tries:
             return primary
         voters = cluster.placement(shard).voters
+        if part.error[0] == "ack_timeout" and primary == part.asked:
+            return primary  # it has the records and waits on
         turn = part.tries % len(voters)
         for name in (part.hint, primary, *voters[turn:], *voters[:turn]):
             if name and name != part.asked and cluster.alive(name):
@@ -178,6 +182,7 @@ class _Try:
             if reply is not None and reply.error is not None:
                 part.error, part.hint = reply.error, reply.primary
                 part.doubtful = part.doubtful or reply.error[0] == "outcome_unknown"
+                part.written = reply.error if reply.error[0] == "ack_timeout" else part.written
             if part.error[0] in RETRIED and trio.current_time() < self._until(part):
                 left.append(part)
             else:
@@ -185,8 +190,9 @@ class _Try:
         return left
 
     def _until(self, part: _Part) -> float:
-        hopeless = part.error[0] in ("no_primary", "no_lease") and not part.doubtful
-        return self._patience if hopeless else self._deadline
+        if part.doubtful or part.written is not None or part.error[0] not in ("no_primary", "no_lease"):
+            return self._deadline
+        return self._patience
 
     @staticmethod
     def _note(parts: list[_Part], error: Error, doubtful: bool) -> None:
@@ -198,10 +204,14 @@ class _Try:
 def _final(part: _Part) -> Error:
     """A refusal of a later try, when an earlier one may have been carried out, does not prove absence.
 
-    `ack_timeout` stays: it says that the records are written.
+    `ack_timeout` stays, whoever has refused since: it says that the records are written.
     """
     code, message, retry_after_ms = part.error
-    if not part.doubtful or code in ("ack_timeout", "outcome_unknown"):
+    if code in ("ack_timeout", "outcome_unknown"):
+        return part.error
+    if part.written is not None:
+        return part.written
+    if not part.doubtful:
         return part.error
     return (
         "outcome_unknown",

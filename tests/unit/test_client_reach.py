@@ -13,6 +13,7 @@ import trio
 from trio_websocket import serve_websocket
 
 import gmco
+from node.connection import ServerBounds
 from node.server import AppServer
 from router.errors import RequestError
 from tests.unit.test_client import LIMITS, Backend, nodes, run, until
@@ -66,7 +67,7 @@ def test_a_node_that_cannot_be_reached_is_told_with_the_reason(
     async def test() -> None:
         async with strangers() as urls:
             with pytest.raises(kind) as caught:
-                async with gmco.connect([urls[name], urls["nobody"]]):
+                async with gmco.connect([urls[name], urls["nobody"]], timeout_s=2.5):
                     pass
             assert f"{urls[name]}: {said}" in caught.value.message
             assert f"{urls['nobody']}: connection refused" in caught.value.message
@@ -138,5 +139,29 @@ def test_events_are_asked_of_one_node_only() -> None:
             backends[1 - at].refusals = [RequestError("shutting_down", "it stops")]
             with pytest.raises(gmco.Unavailable, match="it stops"):
                 await client.events(wait_s=30.0)
+
+    run(test)
+
+
+def test_a_node_that_is_full_is_waited_for() -> None:
+    async def test() -> None:
+        server = AppServer(Backend(), LIMITS, ServerBounds(connections_max=1), port=0)
+        async with trio.open_nursery() as nursery:
+            url = f"ws://127.0.0.1:{await nursery.start(server.run)}"
+
+            async def take_the_place(seconds: float, *, task_status: trio.TaskStatus[None]) -> None:
+                async with gmco.connect([url]):
+                    task_status.started()
+                    await trio.sleep(seconds)
+
+            await nursery.start(take_the_place, 2.0)
+            begin = trio.current_time()
+            with pytest.raises(gmco.Unavailable, match=r"it takes no connections now \(HTTP 503\)"):
+                async with gmco.connect([url], timeout_s=1.0):
+                    pass
+            async with gmco.connect([url]) as client:
+                await client.ping()
+            assert trio.current_time() - begin > 1.5
+            nursery.cancel_scope.cancel()
 
     run(test)

@@ -27,6 +27,7 @@ from router.ports import (
 )
 from router.requests import Session
 from router.ring import shard_of
+from router.writing import NO_PRIMARY_S
 from storage.records import Kind
 from storage.view import ClassConstraint
 
@@ -92,6 +93,9 @@ class FakeNode:
 
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         await self._gate(timeout_s)
+        if any(self.world.primary(ask.shard) != self.name for ask in asks):
+            refusal = ("no_primary", f"not written through {self.name}", None)
+            return [WriteReply(ask.shard, 0, 0, refusal) for ask in asks]
         self.written.extend(asks)
         if self.break_writes:
             self.break_writes -= 1
@@ -128,6 +132,9 @@ class World:
         return Placement(
             shard=shard, epoch=1, voters=tuple(NAMES[(shard + i) % 3] for i in range(self.replication))
         )
+
+    def primary(self, shard: int) -> str:
+        return self.placement(shard).primary
 
     def alive(self, name: str) -> bool:
         return name not in self.seen_down
@@ -285,13 +292,23 @@ def test_a_broken_link_is_retried_under_the_same_write_id_then_unknown() -> None
     assert caught.value.code == "outcome_unknown"
 
 
-def test_a_primary_that_is_down_is_said_at_once() -> None:
+def test_a_primary_that_is_down_is_waited_for_as_long_as_an_election_takes() -> None:
     world = World(2)
     for node in world.nodes.values():
         node.down = True
-    with pytest.raises(RequestError) as caught:
-        _run(world, _put([1]))
-    assert caught.value.code == "no_primary"
+
+    async def main() -> float:
+        began = trio.current_time()
+        with pytest.raises(RequestError) as caught:
+            await Coordinator(world, RouterConfig(), metric="dot").handle(_put([1]))
+        assert caught.value.code == "no_primary"
+        return trio.current_time() - began
+
+    took_s = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert NO_PRIMARY_S <= took_s < NO_PRIMARY_S + 0.5
+    assert took_s < RouterConfig().write_deadline_ms / 1000 / 1.5, (
+        "without a doubt there is no more to wait for"
+    )
 
 
 def test_a_lagging_replica_is_asked_only_when_no_other_is_left_and_the_answer_says_so() -> None:

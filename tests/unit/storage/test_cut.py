@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -281,6 +283,42 @@ def test_a_full_disk_changes_nothing(writer: Writer, monkeypatch: pytest.MonkeyP
     assert names == ["tail-3-31", "tail-3-31-2"]  # the first one has not what was written since
     writer.crash()
     assert [file.name for file in writer.replica.side_files()] == names
+
+
+@pytest.mark.parametrize("call", ["fsync", "posix_fallocate"])
+def test_no_room_for_a_side_file_or_a_segment_changes_nothing(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    fill(writer)
+    before = picture(writer.replica)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(DiskFullError):
+            writer.replica.cut(30)
+    after = picture(writer.replica)
+    assert len(after.pop("sides")) == (call == "posix_fallocate")
+    assert after == {name: value for name, value in before.items() if name != "sides"}
+    assert not list(writer.directory.glob("**/*.tmp"))
+    assert writer.replica.cut(30)
+    assert [file.name for file in writer.replica.side_files()] == ["tail-3-31"]
+
+
+def test_a_harmed_segment_is_never_copied(writer: Writer) -> None:
+    fill(writer)
+    path = sorted((writer.directory / "wal").glob("*.wal"))[1]
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    sequence = int(path.stem) + 2
+    with pytest.raises(DamagedError):
+        writer.replica.cut(sequence)
+    assert len(writer.replica.side_files()) <= 1
+    with pytest.raises(ReplicaStoppedError):
+        writer.put(1)
 
 
 def test_a_failed_flush_stops_the_replica(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:

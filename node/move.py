@@ -1,0 +1,118 @@
+"""What a primary does next so that its shard's placement becomes what the layout wishes. Pure. docs/ownership.md has the laws.
+
+One step at a time, each an epoch of its own or something that changes no placement; every step can be repeated, and whoever leads
+after a crash goes on from the placement that is in the log:
+
+    bring a replica → learner → level → voter → the old voter out
+
+A voter that is dead goes out before the new one comes in: a majority of the voters with both needs one more of the living.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from node.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Bring:
+    """That node shall have a replica, which does not vote."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Open an epoch under this placement. why: for people."""
+
+    placement: Placement
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """We are to go: another leads, and goes on."""
+
+    to: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The placement is as wished."""
+
+
+Step = Bring | Place | HandOver | Wait | Done
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What the primary sees. alive, level: of a node, by name; level: it has pulled nearly all of our log.
+
+    brought: replica ids of nodes that have one and are in no placement.
+    """
+
+    own: str
+    alive: Callable[[str], bool]
+    level: Callable[[str], bool]
+    brought: Mapping[str, int]
+
+
+def next_step(placement: Placement, target: Sequence[str], sight: Sight) -> Step:
+    """`target`: the wished voters, the preferred primary first; none: no wish is known."""
+    if not target:
+        return Wait("no layout names this shard's replicas")
+    strays = [name for name, _ in placement.learners if name not in target]
+    if strays:
+        learners = tuple(one for one in placement.learners if one[0] not in strays)
+        return Place(Placement(placement.voters, learners), f"{', '.join(strays)} is not wanted any more")
+    missing = [name for name in target if name not in placement.names]
+    extra = [name for name in placement.names if name not in target]
+    if missing:
+        return _add(placement, missing, extra, sight)
+    if extra:
+        return _remove(placement, target, extra, sight)
+    return Done()
+
+
+def _add(placement: Placement, missing: Sequence[str], extra: Sequence[str], sight: Sight) -> Step:
+    learners = dict(placement.learners)
+    ready = [name for name in missing if name in learners and sight.level(name)]
+    if ready:
+        dead = [name for name in extra if not sight.alive(name)]
+        if dead and len(placement.voters) > 1:
+            return Place(_without(placement, dead[0]), f"{dead[0]} is dead and {ready[0]} takes its place")
+        name = ready[0]
+        rest = tuple(one for one in placement.learners if one[0] != name)
+        return Place(Placement((*placement.voters, (name, learners[name])), rest), f"{name} is level")
+    for name in missing:
+        if name not in learners and name in sight.brought:
+            more = (*placement.learners, (name, sight.brought[name]))
+            return Place(Placement(placement.voters, more), f"{name} learns")
+    wanted = [name for name in missing if name not in learners and sight.alive(name)]
+    if wanted:
+        return Bring(wanted[0])
+    slow = [name for name in missing if name in learners]
+    if slow:
+        return Wait(f"{', '.join(slow)} is catching up")
+    return Wait(f"{', '.join(missing)} is not alive")
+
+
+def _remove(placement: Placement, target: Sequence[str], extra: Sequence[str], sight: Sight) -> Step:
+    others = [name for name in extra if name != sight.own]
+    if others:
+        return Place(_without(placement, others[0]), f"{others[0]} is not wanted any more")
+    for name in target:
+        if name in placement.names and sight.alive(name) and sight.level(name):
+            return HandOver(name)
+    return Wait("nobody of the wished voters is level, to lead after us")
+
+
+def _without(placement: Placement, name: str) -> Placement:
+    return Placement(tuple(one for one in placement.voters if one[0] != name), placement.learners)

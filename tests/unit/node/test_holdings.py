@@ -1,0 +1,74 @@
+"""Replicas as they are opened: what they may be bound by, and who they are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trio
+
+from node import promises
+from node.blocking import ThreadRunner
+from node.holdings import Holdings
+from node.promises import Promises
+from node.shard import ShardActor
+from storage.records import Version
+from tests.unit.node.peers import on_trio
+from tests.unit.node.voters import CONFIG, change, leading, running
+
+
+@asynccontextmanager
+async def opened(path: Path, founders: tuple[str, ...] = ("a", "b", "c")) -> AsyncIterator[ShardActor]:
+    config = SimpleNamespace(
+        storage=CONFIG, node=SimpleNamespace(name="a"), limits=SimpleNamespace(write_queue=100)
+    )
+    file = path / "promises"
+    kept = Promises(file, promises.load(file), ThreadRunner("promises"))
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(kept.run)
+            holdings = Holdings(config, path, "a", kept, None, None)  # type: ignore[arg-type]
+            yield await holdings.open(0, founders)
+            await holdings.close(lambda shard: None)
+            nursery.cancel_scope.cancel()
+
+
+@on_trio
+async def test_a_new_replica_owes_nothing_and_one_that_comes_back_may(tmp_path: Path) -> None:
+    async with opened(tmp_path) as actor:
+        before = actor.replica.replica_id
+        assert actor.election._bound_until <= trio.current_time()
+    async with opened(tmp_path) as actor:
+        assert actor.replica.replica_id == before
+        assert actor.election._bound_until > trio.current_time(), "it may have promised its silence"
+
+
+@on_trio
+@pytest.mark.parametrize("records", [0, 1])
+async def test_one_whose_promises_are_gone_is_another_replica_also_when_its_log_is_empty(
+    tmp_path: Path, records: int
+) -> None:
+    """A founder may have promised the first epoch before a byte of it has come; with its old id it could promise that again."""
+    async with running(tmp_path, keep=True, lead=False) as actor:
+        if records:
+            await leading(actor)
+            await actor.write([change(1)], "primary", b"1" * 16, 2.0)
+        else:
+            actor.election.configure(())
+            assert actor.replica.position == Version(0, 0)
+        before = actor.replica.replica_id
+    (tmp_path / "promises").unlink()
+    async with opened(tmp_path) as actor:
+        assert actor.replica.replica_id != before
+
+
+@on_trio
+async def test_a_replica_that_no_placement_names_yet_can_be_begun(tmp_path: Path) -> None:
+    async with opened(tmp_path, ()) as actor:
+        now = trio.current_time()
+        assert not actor.election.may_acknowledge(now)
+        assert actor.election.on_timer(now + 1e6) == []
+        assert actor.election.takes(1)
