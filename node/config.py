@@ -121,6 +121,8 @@ class LimitsConfig:
     items_per_request: int = field(default=1_000, metadata={"range": (1, 1_000_000)})
     # Records that may wait for one shard's log.
     write_queue: int = field(default=4_096, metadata={"range": (1, 1_000_000)})
+    # What this node's replicas together fetch when they catch up by snapshots; 0: as fast as it goes.
+    snapshot_bytes_per_s: int = field(default=0, metadata={"range": (0, 1 << 40)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

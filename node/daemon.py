@@ -17,6 +17,7 @@ from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
 from node.facts import Health
 from node.failover import Failover
+from node.fetching import Fetcher
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.holdings import Holdings
@@ -38,6 +39,7 @@ from node.registers import open_register
 from node.remote import coded, handlers
 from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
+from node.snapshots import Snapshots
 from node.status import READY, Parts, own_status
 from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
@@ -325,6 +327,10 @@ class Daemon:
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
         await supervisor.start(failover, name="failover")
+        snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
+        self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
+        await supervisor.start(snapshots, name="snapshots")
+        holdings.fetcher = Fetcher(bytes_per_s=config.limits.snapshot_bytes_per_s, settle=lane.settle)
         for shard in sorted(shards):
             await holdings.start(shard, failover)
         self._handlers["elect"] = failover.on_peer

@@ -19,13 +19,16 @@ from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Config
 from node.facts import Health
 from node.failover import Failover
+from node.fetching import Fetcher
 from node.health import Watched
 from node.links import Links
 from node.promises import Promises
 from node.replicator import Replicator
 from node.shard import ShardActor
 from node.supervisor import Supervisor
+from storage.config import StorageConfig
 from storage.files import fsync_directory
+from storage.installing import Installing
 from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
@@ -49,6 +52,8 @@ class Holdings:
         self.replicators: dict[int, Replicator] = {}
         # Called when the set of replicas has changed.
         self.changed: Callable[[], None] = lambda: None
+        # By which they catch up by snapshots.
+        self.fetcher = Fetcher()
         self._config, self._directory, self._node_id = config, directory, node_id
         self._promises, self._supervisor, self._links = promises, supervisor, links
         self._threads: dict[int, DedicatedThread] = {}
@@ -62,7 +67,9 @@ class Holdings:
     def on_disk(self) -> list[int]:
         """Shards that have a directory here, whoever has asked for them."""
         found = [path.name.removeprefix("shard-") for path in self._directory.glob("shard-*")]
-        return sorted(int(name) for name in found if name.isdigit())
+        # A crash may have left one that was about to take another's place, or the other.
+        names = {name.removesuffix(".new").removesuffix(".old") for name in found}
+        return sorted(int(name) for name in names if name.isdigit())
 
     def watched(self) -> list[Watched]:
         return [
@@ -74,7 +81,7 @@ class Holdings:
         """Recovers what is on the disk, or begins anew; not started yet. Raises StorageError, OSError."""
         replica = await trio.to_thread.run_sync(
             partial(
-                Replica.open,
+                _open,
                 self.path(shard),
                 shard=shard,
                 node_id=self._node_id,
@@ -120,7 +127,7 @@ class Holdings:
         actor = self.actors[shard]
         await self._supervisor.start(actor, name=f"shard-{shard:03}")
         failover.adopt(actor)
-        follower = self.replicators[shard] = Replicator(actor, self._links, random.Random())
+        follower = self.replicators[shard] = Replicator(actor, self._links, random.Random(), self.fetcher)
         await self._supervisor.start(follower, name=f"follow-{shard:03}")
 
     async def bring(self, shard: int, failover: Failover) -> ShardActor:
@@ -154,6 +161,7 @@ class Holdings:
         path = self.path(shard)
         gone = path.with_name(f"removed-{shard:03}")
         shutil.rmtree(gone, ignore_errors=True)
+        Installing(path).clear()
         path.rename(gone)
         fsync_directory(self._directory)
         shutil.rmtree(gone, ignore_errors=True)
@@ -170,3 +178,9 @@ class Holdings:
                 nursery.start_soon(close_one, actor)
         for thread in self._threads.values():
             await thread.aclose()
+
+
+def _open(directory: Path, *, shard: int, node_id: str, config: StorageConfig) -> Replica:
+    """After what a crash may have left of another's taking its place."""
+    Installing(directory).recover()
+    return Replica.open(directory, shard=shard, node_id=node_id, config=config)

@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from node.blocking import Runner
-from node.commit import GroupCommit, Ticket
+from node.commit import GroupCommit, OverloadedError, Ticket
 from node.pending import Deadlines
 from router import merge
 from storage.errors import DamagedError, StorageError
@@ -83,6 +83,17 @@ class SearchLane:
         ticket = self._commit.begin(ask)
         self._deadlines.add(ticket, timeout_s)
         return ticket
+
+    async def settle(self) -> None:
+        """Returns when every search that was asked before has ended."""
+        nothing = LaneAsk((), np.empty(0, np.float16), 0, ClassConstraint(), False)
+        while True:
+            try:
+                await self._commit.submit(nothing)
+            except OverloadedError as error:
+                await trio.sleep(error.retry_after_ms / 1000)
+            else:
+                return
 
     async def _flush(self, asks: list[LaneAsk]) -> list[LaneReply | Exception]:
         return await self._runner(self._run_batch, asks)

@@ -70,7 +70,7 @@ class Offering:
         if dropped:
             # On the disk before the file goes: else a crash brings the rows back.
             await actor.upkeep.checkpoint()
-        await self._runner(file.remove)
+        await actor.forget(file)
         self.counters["files_done"] += 1
         log.info("tail is on a quorum again", shard=actor.shard, file=file.name, records=file.records)
 

@@ -2,6 +2,7 @@
 
 pull    [shard, replica id, epoch that the asker follows, epoch below which it takes nothing, its last record [epoch, sequence,
         checksum], echo | nil, max bytes, wait ms]
+        max bytes 0: by one that fetches a snapshot; it names no record, and is answered at once, without any
 answer  [STREAM, epoch, stamp, primary's last, lag ms, raw records]
         [FORK, epoch, stamp, [epoch, sequence] at or before which the logs part]
         [NOT_PRIMARY, epoch, name]   of the primary that the answerer knows, or 0 and ""

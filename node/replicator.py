@@ -1,8 +1,9 @@
-"""The pull stream: one loop per replica of this node. It rests while we lead, and follows whoever leads. The shell of
-node/replication.py and node/fork.py."""
+"""The pull stream: one loop per replica of this node. It rests while we lead, and follows whoever leads; where the primary's log
+no longer begins before ours ends, by a snapshot. The shell of node/replication.py and node/fork.py."""
 
 from __future__ import annotations
 
+import contextlib
 from random import Random
 from typing import NoReturn
 
@@ -10,18 +11,21 @@ import structlog
 import trio
 
 from node import replication
+from node.fetching import Fetcher, SnapshotError, Transfer, opened
 from node.links import Links
 from node.peerlink import (
+    PeerError,
     PeerGoneError,
+    PeerLink,
     PeerOverloadedError,
     PeerTimeoutError,
     PeerTooLargeError,
     RemoteError,
 )
-from node.pulls import Forked, NotPrimary, Pull, Streamed, read_answer
+from node.pulls import Answer, Forked, NotPrimary, Pull, Streamed, read_answer
 from node.shard import ShardActor
-from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError
-from storage.records import EMPTY, RecordError, split
+from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
+from storage.records import EMPTY, Fingerprint, RecordError, split
 
 log = structlog.get_logger(__name__)
 
@@ -30,19 +34,27 @@ CALL_S = 2.0
 BACKOFF_S = (0.02, 0.5)
 # While nobody is known to lead, voters are asked in turn.
 ASK_AROUND_S = 0.2
+# Between two tries to catch up by a snapshot; the lesser when it is only not our turn.
+SNAPSHOT_BACKOFF_S = (0.5, 15.0)
 
 
 class Replicator:
     """Follows one shard's primary. An actor: `run` never returns unless the logs have diverged."""
 
-    def __init__(self, actor: ShardActor, links: Links, random: Random) -> None:
-        """links: by node name; those that are missing cannot be reached."""
+    def __init__(
+        self, actor: ShardActor, links: Links, random: Random, fetcher: Fetcher | None = None
+    ) -> None:
+        """links: by node name; those that are missing cannot be reached. fetcher: shared by the replicas of a node."""
         self._actor = actor
+        self._fetcher = fetcher or Fetcher()
+        # The snapshot that is being fetched, or was last.
+        self.transfer = Transfer()
+        self._snapshot_failures = 0
         self._links = links
         self._random = random
         self._failures = 0
         self._turn = 0
-        self.state = "starting"
+        self._state = "starting"
         self.behind = 0
         # How old our data may have been at `_heard`. Before the primary is heard we only know when we wrote last.
         self._old_ms = int(actor.idle_s() * 1000)
@@ -50,6 +62,11 @@ class Replicator:
         self._named = EMPTY  # our last record as pulls name it; the disk is asked once after a start
         # The newest stamp of the primary that we follow, and in which epoch it was sent.
         self._echo: tuple[int, float] | None = None
+
+    @property
+    def state(self) -> str:
+        """In words; a snapshot that is being fetched with how far it is."""
+        return str(self.transfer) if self._state == "fetching" else self._state
 
     @property
     def age_ms(self) -> int:
@@ -85,25 +102,31 @@ class Replicator:
             try:
                 await self._pull(primary)
             except (PeerGoneError, PeerTimeoutError):
-                self.state = "primary silent"
+                self._state = "primary silent"
                 await self._back_off()
             except RemoteError as error:
                 if error.code == "diverged":
                     await self._stop_for_good(primary, error.message)
+                if error.code == LogGoneError.code:
+                    await self._catch_up(primary)
+                    continue
                 self._say(f"refused: {error.code}", error.message)
                 await self._back_off()
+            except LogGoneError:
+                # The logs part before ours begins.
+                await self._catch_up(primary)
             except (PeerOverloadedError, PeerTooLargeError) as error:
                 self._say(f"stuck: {error.code}", str(error))
                 await self._back_off()
             except ReplicaStoppedError as error:
                 # Never again into the dark: the process stops, loudly, through the supervisor.
                 raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
-            except (DiskFullError, LogGoneError) as error:
+            except DiskFullError as error:
                 self._say(f"stuck: {error.code}", str(error))
                 await self._back_off()
 
     async def _rest(self) -> None:
-        self.state = "leading"
+        self._state = "leading"
         self.behind = self._old_ms = 0
         self._echo = None
         while self._actor.leads:
@@ -113,7 +136,7 @@ class Replicator:
 
     async def _somebody(self) -> str:
         """A voter that may know more; waits a little for news first."""
-        self.state = "no primary"
+        self._state = "no primary"
         hint = self._actor.hint
         with trio.move_on_after(ASK_AROUND_S * (0.5 + self._random.random() / 2)):
             while self._actor.hint == hint and not self._actor.leads:
@@ -127,15 +150,15 @@ class Replicator:
 
     async def _stop_for_good(self, primary: str, reason: str) -> NoReturn:
         # Only a person can say which copy is right; pulling on would not help and writing would harm.
-        self.state = "diverged"
+        self._state = "diverged"
         self._actor.diverged = True
         log.error("diverged", shard=self._actor.shard, primary=primary, reason=reason)
         await trio.sleep_forever()
 
     def _say(self, state: str, reason: str) -> None:
-        if state != self.state:
+        if state != self._state:
             log.warning("cannot follow", shard=self._actor.shard, state=state, reason=reason)
-        self.state = state
+        self._state = state
 
     async def _back_off(self) -> None:
         low, high = BACKOFF_S
@@ -147,51 +170,64 @@ class Replicator:
             while self._actor.hint == hint:
                 await self._actor.changed()
 
-    async def _pull(self, primary: str) -> None:
-        actor, election = self._actor, self._actor.election
+    def _link(self, name: str) -> PeerLink:
         try:
-            link = self._links[primary]
+            return self._links[name]
         except KeyError:
-            raise PeerGoneError(primary, "there is no link to it yet", sent=False) from None
-        last = actor.replica.position
-        if self._named.sequence != last.sequence or self._named.epoch != last.epoch:
-            self._named = actor.replica.fingerprint(last.sequence)
-        named = self._named
+            raise PeerGoneError(name, "there is no link to it yet", sent=False) from None
+
+    async def _ask(self, primary: str, named: Fingerprint, max_bytes: int) -> Answer:
+        actor, election = self._actor, self._actor.election
+        link = self._link(primary)
         # Until the first answer we do not know whether we are level, so that one must not wait for news.
         echo = self._echo[1] if self._echo is not None and self._echo[0] == election.epoch else None
         pull = Pull(
             actor.shard,
             actor.replica.replica_id,
             election.epoch,
-            max(election.promised, last.epoch),
+            max(election.promised, actor.replica.position.epoch),
             named,
             echo,
-            PULL_BYTES,
+            max_bytes,
             replication.WAIT_MS if echo is not None else 0,
         )
         try:
             answer = read_answer(await link.call("pull", pull.body(), CALL_S))
         except (TypeError, ValueError) as error:
             raise RemoteError("bad_answer", f"{primary} sent what is no answer to a pull: {error}") from error
-        now = trio.current_time()
         if isinstance(answer, NotPrimary):
-            self.state = "no primary"
             actor.doubt(actor.hint[0] if actor.hint[1] == primary else 0)
             if answer.primary:
                 actor.hear_of(answer.epoch, answer.primary)
+        elif election.takes(answer.epoch):
+            actor.act(actor, election.on_stream(primary, answer.epoch, trio.current_time()))
+            actor.hear_of(answer.epoch, primary)
+            self._echo = (answer.epoch, answer.stamp)
+        return answer
+
+    async def _pull(self, primary: str) -> None:
+        actor = self._actor
+        last = actor.replica.position
+        if self._named.sequence != last.sequence or self._named.epoch != last.epoch:
+            self._named = actor.replica.fingerprint(last.sequence)
+        answer = await self._ask(primary, self._named, PULL_BYTES)
+        now = trio.current_time()
+        if isinstance(answer, NotPrimary):
+            self._state = "no primary"
             await self._back_off()
             return
-        if not election.takes(answer.epoch):
+        if not actor.election.takes(answer.epoch):
             # Our next pull says which epochs we take; its primary must stand above them.
-            self.state = "waiting for a higher epoch"
+            self._state = "waiting for a higher epoch"
             await self._back_off()
             return
-        actor.act(actor, election.on_stream(primary, answer.epoch, now))
-        actor.hear_of(answer.epoch, primary)
-        self._echo = (answer.epoch, answer.stamp)
         self._failures = 0
         if isinstance(answer, Forked):
             await actor.cut(answer.epoch, answer.fork.at, last)
+            return
+        if not last.sequence and answer.primary_last > actor.replica.config.graph_rows_min:
+            # An empty log could be filled from the primary's, but there is a graph, and a snapshot brings that along.
+            await self._catch_up(primary)
             return
         await self._take(answer, now)
 
@@ -218,7 +254,62 @@ class Replicator:
             self.behind = answer.primary_last - last.sequence
             if not await actor.follow(answer.epoch, blobs, batch):
                 return
-        self.state = "following"
+        self._state = "following"
         self.behind = max(0, answer.primary_last - actor.replica.position.sequence)
         self._old_ms = answer.lag_ms if self.behind else 0
         self._heard = heard
+
+    # -- by a snapshot --------------------------------------------------------------------------------------------
+
+    async def _catch_up(self, primary: str) -> None:
+        """One try; and, when it fails, the wait before the next."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_bound)
+            damaged: DamagedError | None = None
+            try:
+                await self._by_snapshot(primary)
+                self._snapshot_failures = 0
+            except DamagedError as error:
+                damaged = error
+            except (PeerError, SnapshotError, StorageError) as error:
+                code = getattr(error, "code", "unreachable")
+                self._say(f"no snapshot: {code}", str(error))
+                await self._wait_for_snapshot(turn=code == "overloaded")
+            nursery.cancel_scope.cancel()
+        if damaged is not None:
+            raise damaged
+
+    async def _by_snapshot(self, primary: str) -> None:
+        actor = self._actor
+        link = self._link(primary)
+        self.transfer = Transfer()
+        self._state = "fetching"
+        async with opened(link, actor.shard, actor.replica.position) as snapshot:
+            log.info("fetching a snapshot", shard=actor.shard, primary=primary, bytes=snapshot.bytes)
+            await self._fetcher.catch_up(actor, snapshot, link, self.transfer)
+            log.warning(
+                "caught up by a snapshot", shard=actor.shard, position=tuple(snapshot.position),
+                bytes=snapshot.bytes, bytes_per_s=round(self.transfer.bytes_per_s),
+                graph_loaded=actor.replica.recovery.graph_loaded, open_s=round(actor.replica.recovery.total_s, 3),
+            )  # fmt: skip
+            # The primary keeps its log for us until the block ends.
+            await self._pull(primary)
+            while self.behind and self.state == "following":
+                await self._pull(primary)
+
+    async def _wait_for_snapshot(self, *, turn: bool) -> None:
+        low, high = SNAPSHOT_BACKOFF_S
+        limit = low if turn else min(high, low * 2 ** min(self._snapshot_failures, 10))
+        self._snapshot_failures += not turn
+        await trio.sleep(limit * (0.5 + self._random.random() / 2))
+
+    async def _keep_bound(self) -> NoReturn:
+        """While we fetch we pull nothing; but whoever leads needs our echo to keep its lease, and we its stamps to stay bound."""
+        while True:
+            _, primary = self._actor.hint
+            if primary and primary != self._actor.name:
+                with contextlib.suppress(PeerError):
+                    answer = await self._ask(primary, EMPTY, 0)
+                    if isinstance(answer, Streamed):
+                        self.behind = max(0, answer.primary_last - self._actor.replica.position.sequence)
+            await trio.sleep(replication.WAIT_MS / 1000)

@@ -29,6 +29,7 @@ from storage.batch import Batch
 from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError, StorageError
 from storage.records import HEADER_BYTES, Kind, Mark, Operation, Record, Version
 from storage.replica import Replica
+from storage.side import SideFile
 from storage.tombstones import encode_floor
 
 log = structlog.get_logger(__name__)
@@ -452,6 +453,8 @@ class ShardActor:
         reign = self.reign
         if reign is None:
             return NotPrimary(*self.hint)
+        if not pull.max_bytes:
+            return self._heartbeat(follower, pull, reign)
         starts = EpochStarts(self.replica.epoch_starts.items())
         step = reign.progress.pulled(follower, pull.named, starts)
         if isinstance(step, LookUp):
@@ -486,6 +489,15 @@ class ShardActor:
         now = trio.current_time()
         # What the log's thread has just made durable may be in `data` before the loop has applied it.
         return Streamed(reign.epoch, now, self.replica.logged, reign.progress.lag_ms(after, now), data)
+
+    def _heartbeat(self, follower: str, pull: Pull, reign: Reign) -> Streamed:
+        """For one that fetches a snapshot. This answer binds it to our epoch, so its echo keeps our lease; what it holds it has
+        not named, so that does not count."""
+        if pull.epoch == reign.epoch and pull.echo is not None:
+            if self.placement.is_voter(follower, pull.replica):
+                self.election.on_echo(follower, pull.echo)
+            self._tell()
+        return Streamed(reign.epoch, trio.current_time(), self.replica.logged, 0, b"")
 
     def is_level(self, name: str) -> bool:
         """As primary: that follower has all that we have, or is as good as there."""
@@ -531,6 +543,37 @@ class ShardActor:
             self._note_placement()
             self._tell()
             return True
+
+    async def replace(
+        self, epoch: int, end: Version, make: Callable[[Replica], Replica], runner: Runner
+    ) -> bool:
+        """What `make` makes of our replica, in a thread of `runner`, takes its place; its log ends at `end`, and what it holds
+        was taken from the primary of `epoch`. False: not any more. The old one is left open: searches may be using it.
+
+        Raises what `make` raises; then all is as it was.
+        """
+        async with self.upkeep.jobs, self._writing:
+            # As in `follow`; and our log's end must not go back: others count on what it was (`log-compared`).
+            if not self.election.takes(epoch) or end < self.replica.position:
+                return False
+            before, self._end = self._end, end
+            with trio.CancelScope(shield=True):
+                try:
+                    self.replica = self.upkeep.replica = await runner(make, self.replica)
+                except BaseException:
+                    self._end = before
+                    raise
+            self._end = self.replica.position
+            self._note_placement()
+            self._tell_moved()
+            self._tell()
+            return True
+
+    async def forget(self, file: SideFile) -> None:
+        """Its records are on a quorum."""
+        async with self._writing:
+            if file in self.replica.side_files():
+                await self._log_runner(file.remove)
 
     async def drop_row(self, kind: Kind, id_: int, version: Version) -> bool:
         """A record that was put aside elsewhere: its row, which our cut tail had left here, goes. Whether there was one."""

@@ -25,6 +25,7 @@ from node.promises import Promises
 from node.replicator import Replicator
 from node.server import AppServer
 from node.shard import ShardActor
+from node.snapshots import Snapshots
 from node.steering import Steering
 from node.supervisor import Supervisor
 from router.coordinator import Coordinator
@@ -53,6 +54,7 @@ class Parts:
     failover: Failover | None = None
     offering: Offering | None = None
     steering: Steering | None = None
+    snapshots: Snapshots | None = None
     mover: Mover | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
@@ -189,6 +191,7 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "lag": follower.behind if follower else 0,
         "lag_ms": follower.lag_ms if follower else 0,
         "state": follower.state if follower else "starting",
+        "snapshot": follower.transfer.figures() if follower else None,
         "learners": [name for name, _ in actor.placement.learners],
         "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
     }
@@ -201,10 +204,17 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "router": parts.coordinator.statistics() if parts.coordinator else {},
         "elections": dict(parts.failover.counters) if parts.failover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},
+        "snapshots": _snapshots(parts),
         "writes": _sum([actor.counters for actor in parts.shards.values()]),
         "gossip": asdict(parts.agent.statistics()),
         "crashes": sum(one.crashes for one in parts.supervisor.statistics()),
     }
+
+
+def _snapshots(parts: Parts) -> dict[str, int]:
+    """Given and taken."""
+    given = parts.snapshots.counters if parts.snapshots else {}
+    return given | (parts.holdings.fetcher.counters if parts.holdings else {})
 
 
 def _sum(counters: Sequence[dict[str, int]]) -> dict[str, int]:

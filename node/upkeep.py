@@ -5,6 +5,7 @@ One at a time, in threads.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NoReturn
 
 import structlog
@@ -13,6 +14,7 @@ import trio
 from node.blocking import Runner
 from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError
 from storage.replica import Replica
+from storage.snapshot import Pinned
 
 log = structlog.get_logger(__name__)
 
@@ -23,18 +25,21 @@ BUILD_REST_S = 0.005
 
 
 class Upkeep:
-    """`writing`: the shard's lock, taken for the short ends of a job. `jobs`: held while any job is under way."""
+    """`writing`: the shard's lock, taken for the short ends of a job. `jobs`: held while any job is under way.
+
+    `replica` is replaced by whoever holds both.
+    """
 
     def __init__(self, replica: Replica, runner: Runner, writing: trio.Lock) -> None:
-        self._replica, self._runner, self._writing = replica, runner, writing
+        self.replica, self._runner, self._writing = replica, runner, writing
         self.jobs = trio.Lock()
 
     async def run(self) -> NoReturn:
         """Raises DamagedError."""
-        replica = self._replica
         while True:
             try:
                 async with self.jobs:
+                    replica = self.replica
                     if replica.log_ahead_due:
                         await self._runner(replica.make_log_ahead)
                     if replica.checkpoint_due():
@@ -46,7 +51,9 @@ class Upkeep:
                 raise
             except (DiskFullError, ReplicaStoppedError) as error:
                 # Nothing is lost: the log holds everything. Try again when there may be room.
-                log.warning("maintenance put off", shard=replica.shard, code=error.code, reason=str(error))
+                log.warning(
+                    "maintenance put off", shard=self.replica.shard, code=error.code, reason=str(error)
+                )
                 more = False
             await trio.sleep(BUILD_REST_S if more else EVERY_S)
 
@@ -55,18 +62,30 @@ class Upkeep:
         async with self.jobs:
             await self._checkpoint()
 
+    async def pin(self, holder: str, directory: Path, runner: Runner) -> tuple[Replica, Pinned]:
+        """A fresh checkpoint's files in `directory`, and the log held for `holder` from its position on. A disk too full for the
+        checkpoint gives the last one. Raises StorageError."""
+        async with self.jobs:
+            replica = self.replica
+            if replica.unsaved_bytes:
+                await self._checkpoint()
+            pinned = await runner(replica.pin, directory)
+            replica.log_holds[holder] = pinned.state.position.sequence
+            return replica, pinned
+
     async def _checkpoint(self) -> None:
+        replica = self.replica
         async with self._writing:
-            job = self._replica.begin_checkpoint()
+            job = replica.begin_checkpoint()
         await self._runner(job.run)
         async with self._writing:
-            self._replica.finish_checkpoint(job)
+            replica.finish_checkpoint(job)
 
     async def _compact(self) -> None:
         async with self._writing:
-            job = self._replica.begin_compaction()
+            job = self.replica.begin_compaction()
         await self._runner(job.run)
         async with self._writing:
             await self._runner(job.commit)
-            self._replica.finish_compaction(job)
-        log.info("compacted", shard=self._replica.shard, rows=self._replica.view.rows)
+            self.replica.finish_compaction(job)
+        log.info("compacted", shard=self.replica.shard, rows=self.replica.view.rows)

@@ -88,6 +88,13 @@ class NextSegment:
         if ready is not None:
             discard(*ready)
 
+    def release(self) -> None:
+        """As `close`, when the directory has become another log's: what has its name there is not ours."""
+        with self._lock:
+            ready, self._ready = self._ready, None
+        if ready is not None:
+            os.close(ready.fd)
+
 
 def discard(path: Path, fd: int) -> None:
     """Of a file that is not to be a segment."""

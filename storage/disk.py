@@ -413,6 +413,12 @@ class Log:
             write_atomically(self._directory / SEAL_NAME, seal)
         self._stopped = self._stopped or "the log is closed"
 
+    def release(self) -> None:
+        """Close the files and touch no name: the directory has become another log's."""
+        self._close_fd()
+        self._next.release()
+        self._stopped = self._stopped or "the log is closed"
+
     def _close_fd(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from storage.records import Mark, Operation, Record, Version
 
+# Of epochs whose records the log has dropped, so many starts are kept: by them a log that parted long ago is still known to have
+# done so, and what is to be kept of it when a snapshot takes its place.
+STARTS_KEPT = 1_000
+
 
 class Epochs:
     """Follows a log; can tell what it was when its tail is cut, and forgets what no cut can reach any more."""
@@ -46,9 +50,10 @@ class Epochs:
         )
 
     def prune(self, first: int) -> None:
-        """The log begins at sequence `first`: of the epochs and marks that ended before it only the newest are kept."""
+        """The log begins at sequence `first`: of the epochs and marks that ended before it only the newest are kept:
+        STARTS_KEPT epochs and one mark."""
         started = [epoch for epoch, start in self.starts.items() if start <= first]
-        for epoch in started[:-2]:
+        for epoch in started[: -STARTS_KEPT - 1]:
             del self.starts[epoch]
         for at in [at for at in self.placements if at < first][:-1]:
             del self.placements[at]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from heapq import merge
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from storage import lookups, opening, snapshot
 from storage.bulk import Columns, columns
@@ -76,6 +77,8 @@ class Replica:
         self._compact_retry_at = 0.0
         self._checkpointed_at = time.monotonic()
         self._frozen_bytes = 0
+        # Who → the first sequence that the log is to keep for it, however old. Changed by the writer.
+        self.log_holds: dict[str, int] = {}
         self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0, "cuts": 0}
         self._graph = SavedGraph(parts.directory)
         self.engine: Engine = make_engine(config)
@@ -162,6 +165,11 @@ class Replica:
     def replica_id(self) -> int:
         """Random, made with the directory: another one in a rebuilt replica and in a copy from a snapshot."""
         return self._state.replica_id
+
+    @property
+    def node_id(self) -> str:
+        """Whose directory it is."""
+        return self._state.node_id
 
     def renew_replica_id(self) -> int:
         """A new one, durable on return. Blocks; no checkpoint or compaction may be under way.
@@ -390,6 +398,18 @@ class Replica:
         self.unsaved_bytes = self._pending_rows = 0
         self._note_checkpoint(state)
 
+    def keep_tail(self, sequence: int) -> SideFile | None:
+        """What the log has after `sequence`, as far as it reaches back, in a side file; None: nothing but marks.
+
+        Before another replica takes the place of this one, while nothing is appended. Raises as `cut`.
+        """
+        return self._sides.keep(self._log.tail(max(sequence, self._log.first_sequence - 1)))
+
+    @property
+    def quarantine_path(self) -> Path:
+        """Where records are put aside."""
+        return self._quarantine.path
+
     def side_files(self) -> list[SideFile]:
         """What was cut and not yet removed, oldest first."""
         return self._sides.list()
@@ -452,20 +472,47 @@ class Replica:
         """
         if checkpoint:
             self.checkpoint()
-        snapshot.export(
-            Path(directory), table=self._table, files={kind: s.file for kind, s in self._spaces.items()},
-            index=opening.index_directory(self.directory, self.view.rowset),
-        )  # fmt: skip
+        snapshot.export(Path(directory), **self._checkpointed())
+
+    def pin(self, directory: Path) -> snapshot.Pinned:
+        """The last checkpoint's files in `directory`, on the same file system: linked where they only grow. From any thread,
+        beside writes, not beside a job. Raises as `snapshot.pin`."""
+        return snapshot.pin(directory, **self._checkpointed(), link=True)
+
+    def _checkpointed(self) -> dict[str, Any]:
+        return {
+            "table": self._table,
+            "files": {kind: space.file for kind, space in self._spaces.items()},
+            "index": opening.index_directory(self.directory, self.view.rowset),
+            # Of what was cut, rows may still be in the table; whoever has those must offer it, too.
+            "tails": [file.path for file in self.side_files()],
+            "record_at": lambda sequence: self.read_log(sequence - 1, 1),
+        }
 
     @staticmethod
     def import_snapshot(
-        source: Path, directory: Path, *, shard: int, node_id: str, config: StorageConfig
+        source: Path,
+        directory: Path,
+        *,
+        shard: int,
+        node_id: str,
+        config: StorageConfig,
+        replica_id: int | None = None,
     ) -> None:
         """A replica directory from a snapshot; `directory` must not exist. Open it afterwards.
 
+        replica_id: of the replica whose place it takes, None for a new one.
+
         Raises DamagedError, FormatError, ForeignDataError, DiskFullError; then nothing is left.
         """
-        snapshot.import_snapshot(Path(source), Path(directory), shard=shard, node_id=node_id, config=config)
+        snapshot.import_snapshot(
+            Path(source),
+            Path(directory),
+            shard=shard,
+            node_id=node_id,
+            config=config,
+            replica_id=replica_id,
+        )
 
     def statistics(self) -> Statistics:
         """Counters and sizes; `digest` is equal on replicas that hold the same."""
@@ -517,6 +564,16 @@ class Replica:
         if self._compaction is not None:
             self._compaction.close()
         self._close_files(seal=False)
+
+    def retire(self) -> None:
+        """Closes files and touches no name: another replica has taken the directory's place. No job may be under way."""
+        self._stop(ReplicaStoppedError(f"another replica of shard {self.shard} has taken its place"))
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._owner.close)
+            stack.callback(self._table.close, seal=False)
+            for space in self._spaces.values():
+                stack.callback(space.file.close)
+            stack.callback(self._log.release)
 
     def _abandon_jobs(self) -> None:
         if self._checkpoint is not None:
@@ -632,7 +689,9 @@ class Replica:
 
     def _after_checkpoint(self, state: TableState) -> None:
         older_than_ns = time.time_ns() - int(self.config.wal_keep_s * 1e9)
-        self._log.drop_before(state.position.sequence + 1, older_than_ns)
+        # The record at the checkpoint's position stays: whoever takes a snapshot of it must name that record.
+        kept_from = min([state.position.sequence, *self.log_holds.values()])
+        self._log.drop_before(kept_from, older_than_ns)
         self._table.drop_behind()
         self._graph.save(self.engine, state.items.rowset)
 

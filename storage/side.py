@@ -196,6 +196,20 @@ class SideFiles:
         return SideFile(self, path, records, size)
 
 
+def carry(paths: Iterable[Path], directory: Path) -> None:
+    """Gives side files another name in `directory`, too: a free one, or the one under which its like is there. Raises OSError."""
+    for path in paths:
+        for number in count(1):
+            match = _NAME.fullmatch(path.name)
+            assert match is not None
+            target = directory / f"tail-{match[1]}-{match[2]}{f'-{number}' if number > 1 else ''}"
+            if not target.exists():
+                os.link(path, target)
+                break
+            if target.stat().st_size == path.stat().st_size and _same(target, path, path.stat().st_size):
+                break
+
+
 def _age(file: SideFile) -> tuple[int, ...]:
     match = _NAME.fullmatch(file.name)
     assert match is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from storage import epochs as epochs_module
 from storage.batch import Batch
 from storage.epochs import Epochs
 from storage.records import Kind, Mark, Operation, decode
@@ -48,7 +49,10 @@ def test_the_placement_is_that_of_the_last_epoch_mark(writer: Writer, how: str) 
     assert replica.statistics()["items"] == 2
 
 
-def test_epochs_that_the_log_left_behind_are_forgotten_but_for_the_newest(tmp_path: Path) -> None:
+def test_epochs_that_the_log_left_behind_are_forgotten_but_for_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epochs_module, "STARTS_KEPT", 1)
     writer = Writer(tmp_path / "s", dataclasses.replace(CONFIG, wal_segment_bytes=4096))
     for epoch in range(1, 6):
         writer.epoch = epoch
@@ -66,7 +70,9 @@ def test_epochs_that_the_log_left_behind_are_forgotten_but_for_the_newest(tmp_pa
     assert (dict(replica.epoch_starts), replica.placement) == (starts, b"p6")
 
 
-def test_epochs_are_pruned_to_the_one_before_the_log_begins() -> None:
+def test_epochs_are_pruned_to_those_kept_before_the_log_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epochs_module, "STARTS_KEPT", 1)
+
     def epochs() -> Epochs:
         return Epochs({1: 1, 3: 5, 4: 9}, {1: b"a", 5: b"b", 9: b"c"})
 
@@ -80,6 +86,12 @@ def test_epochs_are_pruned_to_the_one_before_the_log_begins() -> None:
         pruned = epochs()
         pruned.prune(first)
         assert (pruned.starts, pruned.placements) == (starts, placements), first
+
+
+def test_a_thousand_epochs_that_the_log_left_behind_are_known() -> None:
+    epochs = Epochs({epoch: 10 * epoch for epoch in range(1, 2_001)}, {})
+    epochs.prune(20_000)
+    assert list(epochs.starts) == list(range(1_000, 2_001))
 
 
 def test_a_replica_has_an_id_of_its_own_that_a_copy_does_not_take_over(
