@@ -36,8 +36,8 @@ from storage.vectors import disk_error
 log = structlog.get_logger(__name__)
 
 CHUNK_BYTES = 1 << 20
-# More would be faster only on long ways; other messages to this node wait behind what is under way.
-IN_FLIGHT = 3
+# On a short way one would do as well; but other messages to this node wait behind what is under way.
+IN_FLIGHT = 2
 # The primary makes a checkpoint and reads everything once before it answers.
 OPEN_S = 300.0
 READ_S = 15.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -128,3 +129,81 @@ def test_a_node_that_was_away_catches_up_by_snapshots_and_can_lead(tmp_path: Pat
         with gmco.connect_blocking(urls, timeout_s=15.0) as client:
             wait_alike(client)
             assert not replicas_differ(client)
+
+
+def test_who_fetches_and_who_gives_may_be_killed_in_the_middle(tmp_path: Path) -> None:
+    slow = "[limits]\nsnapshot_bytes_per_s = 4000000"
+    with cluster(tmp_path, 3, storage=STORAGE, shard_count=1, more=slow) as daemons:
+        urls = [daemon.url for daemon in daemons]
+        with gmco.connect_blocking(urls, timeout_s=15.0) as client:
+            load(client, 1, 100)
+            wait_alike(client)
+            leader = leaders(client)[0]
+            away = next(daemon for daemon in daemons if daemon.name != leader)
+            away.kill()
+            load(client, 1_000, ROWS)
+        giver = next(daemon for daemon in daemons if daemon.name == leader)
+        for victim in (away, giver, away):
+            if not away.running:
+                away.start()
+            wait_fetching(away)
+            if victim is giver:
+                # While one of three fetches and one is dead, the other cannot lead without it: it answers, and promises.
+                giver.kill()
+                time.sleep(1.0)
+                giver.start()
+            else:
+                away.kill()
+        away.start()
+        with gmco.connect_blocking(urls, timeout_s=15.0) as client:
+            load(client, 500_000, 10)
+            wait_alike(client)
+            (row,) = [row for row in client.shards()["replicas"] if row["node"] == away.name]
+            assert row["items"] == 110 + ROWS
+        assert told(away, "caught up by a snapshot")
+        assert [path.name for path in away.data.glob("shard*")] == ["shard-000"]
+        for daemon in daemons:
+            assert not list((daemon.data / "snapshots").glob("*"))
+
+
+def test_a_primary_keeps_its_lease_by_one_that_fetches(tmp_path: Path) -> None:
+    slow = "[limits]\nsnapshot_bytes_per_s = 4000000"
+    with cluster(tmp_path, 3, storage=STORAGE, shard_count=1, more=slow) as daemons:
+        with gmco.connect_blocking([daemon.url for daemon in daemons], timeout_s=15.0) as client:
+            load(client, 1, 100)
+            wait_alike(client)
+            leader = leaders(client)[0]
+            away, other = (daemon for daemon in daemons if daemon.name != leader)
+            away.kill()
+            load(client, 1_000, ROWS)
+        giver = next(daemon for daemon in daemons if daemon.name == leader)
+        away.start()
+        wait_fetching(away)
+        other.kill()
+        with gmco.connect_blocking([giver.url], timeout_s=5.0) as client:
+            began = time.monotonic()
+            written = 0
+            while not told(away, "caught up by a snapshot"):
+                client.put_items([gmco.Item(77, [1.0] * DIM, (), {})], ack="primary")
+                written += 1
+                assert time.monotonic() - began < 30
+                time.sleep(0.05)
+            # Longer than a lease and than it takes to step down.
+            print(
+                f"{written} writes in {time.monotonic() - began:.1f} s with two of three, one of them fetching"
+            )
+            assert time.monotonic() - began > 2.0
+            assert len(told(giver, "leads no more")) == 0, giver.tail()
+            client.put_items([gmco.Item(78, [1.0] * DIM, (), {})], ack="quorum")
+
+
+def wait_fetching(daemon: Daemon) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(gmco.GmcoError):
+            (row,) = daemon.status()["shards"]
+            if row["state"].startswith("fetching snapshot") and row["snapshot"]["bytes"] > 1 << 20:
+                print(row["state"])
+                return
+        assert time.monotonic() < deadline, daemon.tail()
+        time.sleep(0.02)

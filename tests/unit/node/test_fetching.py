@@ -110,15 +110,13 @@ async def test_a_snapshot_takes_the_place_of_a_replica_that_goes_on_under_its_id
         assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["shard-000"]
         assert not list((tmp_path / "b" / "snapshots").iterdir())
         assert not primary.replica.log_holds
-        put(primary.replica, 2, 1_000)
-        raw = primary.replica.read_log(last, 1 << 20)
-        now.append([raw], 1)
-        assert now.logged == last + 1
-        # What the old one's log has left must not be taken for the new one's.
+        # What the old one's log leaves when it is closed must not be taken for the new one's.
+        assert (tmp_path / "a" / "shard-000" / "wal" / "SEAL").exists()
         now.retire()  # as a crash: it writes nothing
-        reopened = replica_at(tmp_path / "a" / "shard-000", "a")
-        assert reopened.position.sequence == last + 1
-        follower.replica = reopened
+        follower.replica = now = replica_at(tmp_path / "a" / "shard-000", "a")
+        put(primary.replica, 2, 1_000)
+        now.append([primary.replica.read_log(last, 1 << 20)], 1)
+        assert now.logged == last + 1
 
 
 @on_trio
