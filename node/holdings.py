@@ -147,6 +147,7 @@ class Holdings:
             if actor is None:
                 return
             self.replicators.pop(shard, None)
+            self.fetcher.pace(shard, None)
             self.changed()
             await self._supervisor.stop(f"follow-{shard:03}")
             await self._supervisor.stop(f"shard-{shard:03}")
