@@ -164,11 +164,15 @@ class Mover:
 
     async def _step(self, actor: ShardActor) -> None:
         target = self.target(actor)
+        brought = self._brought.get(actor.shard, {})
+        for name in set(brought).difference(target):
+            # It is not wished any more: it may be dismissed.
+            del brought[name]
         sight = Sight(
             self._members.own.name,
             self._alive,
             actor.is_level,
-            self._brought.get(actor.shard, {}),
+            brought,
             self._duty.rests,
             self._first_is_fit(actor, target),
         )
