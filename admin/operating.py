@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import gmco
-from admin import show
+from admin import layouts, show
 from admin.following import Follower
 from admin.terminal import (
     DEFAULT_NODES,
@@ -47,6 +47,7 @@ keyring_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 def add_to(app: typer.Typer) -> None:
     app.add_typer(nodes_app, name="nodes", help="Who is in the cluster and how each is doing.")
     app.add_typer(keyring_app, name="keyring", help="The keys of gossip, on all alive nodes.")
+    app.add_typer(layouts.app, name="cluster", help="Which members should hold what: stage, plan, commit.")
     app.command("events", help="What has happened to the members, as the node asked saw it.")(events)
 
 

@@ -100,14 +100,11 @@ class _Maker:
         aside: list[Record] = []
         again: list[Record] = []
         for record in records:
-            present = self.replica.version_of(record.kind, record.id)
-            if present is not None:
-                if present < record.version:
-                    again.append(record)
-            elif record.version <= self.replica.purge_floor:
-                aside.append(record)
-            else:
-                again.append(record)
+            if self.replica.holds(record):
+                continue
+            absent = self.replica.version_of(record.kind, record.id) is None
+            purged = absent and record.version <= self.replica.purge_floor
+            (aside if purged else again).append(record)
         self._take_room(sum(record.operation is Operation.PUT for record in again))
         for record in again:
             self.batch.add_again(record)

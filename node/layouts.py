@@ -179,11 +179,11 @@ class Layouts:
         register = self._here()
         if register.layout.hash == hash_:
             return {"node": self._members.own.name, "layout": _shown(register.layout)}
-        value = (
-            None
-            if not changes
-            else (await trio.to_thread.run_sync(plan, register.layout, changes, {})).layout
-        )
+        value = None
+        # What was staged may have become impossible by what others have committed.
+        with contextlib.suppress(ChangeError):
+            if changes:
+                value = (await trio.to_thread.run_sync(plan, register.layout, changes, {})).layout
         if value is None or value.hash != hash_:
             if hash_ in self._hashes:
                 raise RequestError(

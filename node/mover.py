@@ -62,6 +62,7 @@ class Mover:
                 try:
                     await self._step(actor)
                     await self._dismiss(actor)
+                    await actor.purge()
                 except (PeerError, NodeError, StorageError, KeyError, OSError) as error:
                     self.counters["failed"] += 1
                     self._say(actor.shard, f"failed, tried again: {error}")

@@ -56,7 +56,7 @@ class Offering:
         primary = actor.primary
         if not primary or actor.diverged:
             return
-        offset = 0
+        offset, dropped = 0, False
         while True:
             blobs, offset = await self._runner(file.read, offset, CHUNK_BYTES)
             if not blobs:
@@ -64,9 +64,12 @@ class Offering:
             aside = await self._send(actor, primary, blobs)
             for kind, id_, version in aside:
                 # It may have been deleted long ago, so its row here must go as well.
-                await actor.drop_row(kind, id_, version)
+                dropped = await actor.drop_row(kind, id_, version) or dropped
             self.counters["offered"] += len(blobs)
             self.counters["set_aside"] += len(aside)
+        if dropped:
+            # On the disk before the file goes: else a crash brings the rows back.
+            await actor.upkeep.checkpoint()
         await actor.forget(file)
         self.counters["files_done"] += 1
         log.info("tail is on a quorum again", shard=actor.shard, file=file.name, records=file.records)

@@ -15,7 +15,7 @@ Time left travels, not wall clock. age ms: how old the oldest replica that answe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,12 @@ import numpy.typing as npt
 from node.commit import OverloadedError
 from node.local import RETRY_AFTER_MS, LocalNode
 from node.peerlink import (
+    Call,
+    PeerError,
     PeerGoneError,
     PeerLink,
     PeerOverloadedError,
     PeerTimeoutError,
-    PeerTooLargeError,
     RemoteError,
 )
 from node.pulls import NotPrimary, read_pull
@@ -61,33 +62,48 @@ class RemoteNode:
         self._link = link
 
     async def _call(self, op: str, body: list[Any], timeout_s: float) -> Any:
-        try:
-            return await self._link.call(op, [*body, int(timeout_s * 1000)], timeout_s + GRACE_S)
-        except PeerGoneError as error:
-            raise NodeGoneError(self._name, sent=error.sent) from error
-        except PeerTimeoutError as error:
-            raise NodeError("deadline_exceeded", f"node {self._name} did not answer in time") from error
-        except PeerOverloadedError as error:
-            raise NodeError("overloaded", str(error), RETRY_AFTER_MS) from error
-        except PeerTooLargeError as error:
-            raise NodeError("too_large", str(error)) from error
-        except RemoteError as error:
-            raise NodeError(error.code, error.message, error.retry_after_ms) from error
+        return await self._answer(self._begin(op, body, timeout_s))
 
-    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+    def _begin(self, op: str, body: list[Any], timeout_s: float) -> Call:
+        body.append(int(timeout_s * 1000))
+        try:
+            return self._link.begin(op, body, timeout_s + GRACE_S)
+        except PeerError as error:
+            raise self._translated(error) from error
+
+    async def _answer(self, call: Call) -> Any:
+        try:
+            return await call.wait()
+        except PeerError as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: PeerError) -> NodeGoneError | NodeError:
+        match error:
+            case PeerGoneError():
+                return NodeGoneError(self._name, sent=error.sent)
+            case PeerTimeoutError():
+                return NodeError("deadline_exceeded", f"node {self._name} did not answer in time")
+            case PeerOverloadedError():
+                return NodeError("overloaded", str(error), RETRY_AFTER_MS)
+            case RemoteError():
+                return NodeError(error.code, error.message, error.retry_after_ms)
+            case _:
+                return NodeError("too_large", str(error))
+
+    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
         limit = ask.constraint
-        ids, scores, metadata, failed, age_ms = await self._call(
-            "search",
-            [
-                ask.shards,
-                ask.query.tobytes(),
-                ask.k,
-                [limit.require_all, limit.require_any, limit.exclude],
-                ask.metadata,
-                ask.session,
-            ],
-            timeout_s,
-        )
+        body = [
+            ask.shards,
+            ask.query.tobytes(),
+            ask.k,
+            (limit.require_all, limit.require_any, limit.exclude),
+            ask.metadata,
+            ask.session,
+        ]
+        return self._found(self._begin("search", body, timeout_s))
+
+    async def _found(self, call: Call) -> SearchReply:
+        ids, scores, metadata, failed, age_ms = await self._answer(call)
         return SearchReply(np.frombuffer(ids, "<u8"), np.frombuffer(scores, "<f4"), metadata, failed, age_ms)
 
     async def get(

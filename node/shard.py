@@ -30,6 +30,7 @@ from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError, Sto
 from storage.records import HEADER_BYTES, Kind, Mark, Operation, Record, Version
 from storage.replica import Replica
 from storage.side import SideFile
+from storage.tombstones import encode_floor
 
 log = structlog.get_logger(__name__)
 
@@ -345,6 +346,27 @@ class ShardActor:
             f"acknowledged it in time for ack={ack}; send the same again with the same write_id to wait on",
         )
 
+    async def purge(self) -> bool:
+        """As primary: let go of tombstones that every replica has passed, if there are any old enough. Raises StorageError."""
+        reign = self.reign
+        if reign is None or not self.settled:
+            return False
+        learners = (reign.heard.get(name, 0) for name, _ in self.placement.learners)
+        floor = self.replica.purge_point(
+            min(reign.progress.reached("all"), *learners, self.replica.position.sequence)
+        )
+        if floor is None:
+            return False
+        async with self._writing:
+            if self.reign is not reign or not self.election.may_acknowledge(trio.current_time()):
+                return False
+            batch = Batch(reign.epoch, self.replica.position.sequence, max(self._now_ns(), self._newest_ns))
+            batch.add_mark(Mark.PURGE, encode_floor(floor))
+            await self._append(batch, 0)
+            self._apply(batch.records)
+        log.info("purged", shard=self.shard, floor=floor)
+        return True
+
     async def _submit(self, item: Item) -> Written:
         """Bounded in bytes as well as in items: a few large requests must not take all memory."""
         parts = item.changes if isinstance(item, WriteItem) else item.records
@@ -565,10 +587,10 @@ class ShardActor:
             if file in self.replica.side_files():
                 await self._log_runner(file.remove)
 
-    async def drop_row(self, kind: Kind, id_: int, version: Version) -> None:
-        """A record that was put aside elsewhere: its row, which our cut tail had left here, goes."""
+    async def drop_row(self, kind: Kind, id_: int, version: Version) -> bool:
+        """A record that was put aside elsewhere: its row, which our cut tail had left here, goes. Whether there was one."""
         async with self._writing:
-            self.replica.drop_row(kind, id_, version)
+            return self.replica.drop_row(kind, id_, version)
 
     async def wait_applied(self, epoch: int, sequence: int, timeout_s: float) -> bool:
         """Whether this replica has applied (epoch, sequence) within `timeout_s`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from heapq import merge
 from itertools import islice
 from pathlib import Path
@@ -140,8 +140,11 @@ class Replica:
         """Of the newest entry, a tombstone's too; None when there is none. Raises DamagedError."""
         return lookups.version_of(self._table, self._spaces[kind], id)
 
-    def metadata(self, ids: Iterable[int]) -> list[bytes]:
-        """Packed metadata of items in the order of `ids`, b"" for one that is gone. Raises DamagedError."""
+    def metadata(self, ids: Sequence[int]) -> list[bytes | None]:
+        """Packed metadata of items in the order of `ids`; b"" for one that is gone, None for one whose entry is damaged.
+
+        Raises DamagedError when the table itself cannot be read.
+        """
         return lookups.metadata(self._table, self._spaces[Kind.ITEM], ids)
 
     def written(self, write_id: bytes) -> tuple[Version, int] | None:

@@ -27,7 +27,7 @@ _STATE_KEY = b"state"
 NOWHERE = Version(0, 0)
 _KINDS = (Kind.ITEM, Kind.USER)
 # Entries read under one hold of the lock: about a millisecond, because the event loop may wait for it.
-_SCAN_STEP = 512
+SCAN_STEP = 512
 Lookup = Callable[[bytes], bytes | None]
 
 
@@ -151,7 +151,7 @@ class Table:
             return
         first, left = (after + 1).to_bytes(8, "big"), limit
         while left is None or left > 0:
-            step = _SCAN_STEP if left is None else min(left, _SCAN_STEP)
+            step = SCAN_STEP if left is None else min(left, SCAN_STEP)
             with (
                 self._lock,
                 self._failing(),

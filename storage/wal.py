@@ -210,8 +210,8 @@ def _judge(data: Buffer, walked: _Walk) -> Scan:
 def _content_end(data: Buffer, offset: int) -> int:
     """Where the last byte that is not zero ends, `offset` when there is none behind it."""
     end = len(data)
-    # Comparing goes by memcmp; stripping looks at each byte.
-    while end - offset >= len(_ZEROS) and data[end - len(_ZEROS) : end] == _ZEROS:
+    # Comparing bytes goes by memcmp, a copy included; stripping, and comparing a memoryview, looks at each byte.
+    while end - offset >= len(_ZEROS) and bytes(data[end - len(_ZEROS) : end]) == _ZEROS:
         end -= len(_ZEROS)
     start = max(offset, end - len(_ZEROS))
     while (kept := len(bytes(data[start:end]).rstrip(b"\0"))) == 0 and start > offset:

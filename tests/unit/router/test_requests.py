@@ -270,3 +270,29 @@ def test_metadata_keeps_to_what_every_reader_can_take() -> None:
     ):
         for metadata in ({"a": bad}, {"a": [{"b": [bad]}]}):
             assert refused("put_items", put(metadata)) == ("bad_request", "items[0].metadata")
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"action": "dance"}, "out_of_range"),
+        ({"action": "join"}, "missing_field"),
+        ({"action": "commit", "hash": "short"}, "bad_type"),
+        ({"action": "show", "node": "a"}, "bad_request"),
+        ({"action": "set", "node": "a"}, "bad_request"),
+        ({"action": "set", "node": "a", "replication": 2}, "bad_request"),
+        ({"action": "set", "replication": 2, "zone": "z"}, "bad_request"),
+        ({"action": "join", "node": "a", "capacity": 0}, "out_of_range"),
+        ({"action": "recover", "force": False}, "missing_field"),
+    ],
+)
+def test_what_operators_ask_of_the_layout_is_checked(fields: dict[str, Any], code: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse("cluster", fields, LIMITS)
+    assert caught.value.code == code
+
+
+def test_what_operators_may_ask_of_the_layout() -> None:
+    assert parse("cluster", {"action": "set", "node": "a", "capacity": 2}, LIMITS).values == {"capacity": 2}  # type: ignore[union-attr]
+    assert parse("cluster", {"action": "set", "replication": 2}, LIMITS).values == {"replication": 2}  # type: ignore[union-attr]
+    assert parse("cluster", {"action": "recover", "force": True}, LIMITS).force  # type: ignore[union-attr]
