@@ -61,11 +61,9 @@ def test_the_checker_notices_a_planted_mistake(bug: str) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("bug", BUGS)
 def test_how_often_each_planted_mistake_is_noticed(bug: str) -> None:
-    count = sum(
-        bool(run(seed, frozenset([bug])).violations) for seed in range(NOTICED[bug], NOTICED[bug] + 200)
-    )
+    count = sum(bool(run(seed, frozenset([bug])).violations) for seed in range(200))
     print(f"| `{bug}` | {count} of 200 |")
-    assert count >= 1
+    assert count >= 1 or bool(run(NOTICED[bug], frozenset([bug])).violations)
 
 
 @pytest.mark.soak
