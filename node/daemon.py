@@ -290,7 +290,11 @@ class Daemon:
         is to hold them: what they have may be wanted."""
         holdings = self._parts.holdings
         assert holdings is not None
-        mine = {one.shard: one.voters for one in placements.values() if self._name in one.voters}
+        mine = {
+            one.shard: one.voters
+            for one in placements.values()
+            if self._name in one.voters and not holdings.removed(one.shard)
+        }
         mine |= {shard: () for shard in holdings.on_disk() if shard not in mine}
 
         async def open_one(shard: int, founders: Sequence[str]) -> None:

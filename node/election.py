@@ -138,7 +138,8 @@ class _Candidacy:
 
 
 class Election:
-    """`last` tells where this replica's log ends, bytes that are being written included."""
+    """`last` tells where this replica's log may end, bytes that are being written included: by that it judges candidates.
+    `durable` tells where it ends for certain: that it claims as a candidate (the same, when nothing is said)."""
 
     def __init__(
         self,
@@ -150,12 +151,14 @@ class Election:
         last: Callable[[], Version],
         random: Random,
         now: float,
+        durable: Callable[[], Version] | None = None,
         founding: bool = False,
         owes: bool = True,
     ) -> None:
         """founding: no log of this shard has a placement yet, so the first epoch takes the promises of *all* its voters: one
         whose disk was replaced looks just the same. owes: this replica may have promised something before it started."""
         self._config, self.name, self._random, self._last = config, name, random, last
+        self._durable = durable or last
         self.voters = tuple(voters)
         self._founding = founding
         self.role = Role.FOLLOWER
@@ -258,7 +261,7 @@ class Election:
         self._stand_at = (
             now + config.candidacy_s + self._random.uniform(config.retry_min_s, config.retry_max_s)
         )
-        return self._tell_others(Ask(epoch, self._last(), released)) + self._count(now)
+        return self._tell_others(Ask(epoch, self._durable(), released)) + self._count(now)
 
     def _tell_others(self, message: Message) -> list[Effect]:
         return [Tell(voter, message) for voter in self.voters if voter != self.name]
@@ -278,7 +281,7 @@ class Election:
             candidacy.yes.add(self.name)
             if candidacy.forced:
                 return self._count(now)
-            return self._tell_others(Stand(epoch, self._last(), candidacy.released)) + self._count(now)
+            return self._tell_others(Stand(epoch, self._durable(), candidacy.released)) + self._count(now)
         if self._promise_to is not None:
             to, self._promise_to = self._promise_to, None
             return [Tell(to, Promise(epoch))]

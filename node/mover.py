@@ -7,6 +7,7 @@ after a crash goes on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import structlog
@@ -77,6 +78,11 @@ class Mover:
         known = self._members.get(name)
         return name == self._members.own.name or (known is not None and known.alive)
 
+    def _holds(self, shard: int, name: str) -> bool:
+        """False only when it says what it holds, and that shard is not in it."""
+        known = self._members.get(name)
+        return known is None or not known.tells_shards or any(one.shard == shard for one in known.held)
+
     def _others(self, actor: ShardActor) -> int:
         """Learners of the other shards that we lead: they take what they lack from us."""
         return sum(
@@ -86,7 +92,13 @@ class Mover:
         )
 
     async def _step(self, actor: ShardActor) -> None:
-        sight = Sight(self._members.own.name, self._alive, actor.is_level, self._brought.get(actor.shard, {}))
+        sight = Sight(
+            self._members.own.name,
+            self._alive,
+            actor.is_level,
+            self._brought.get(actor.shard, {}),
+            partial(self._holds, actor.shard),
+        )
         step = move.next_step(actor.placement, self._wish(actor.shard), sight)
         if isinstance(step, Done):
             self.stages.pop(actor.shard, None)

@@ -113,3 +113,18 @@ async def test_a_replica_is_brought_or_removed_as_a_whole_when_who_asked_is_gone
         assert (0 in holdings.actors) == holdings.path(0).exists()
         await holdings.bring(0, failover)
         assert 0 in holdings.replicators
+
+
+@on_trio
+async def test_what_was_removed_is_not_begun_anew_at_the_next_start(tmp_path: Path) -> None:
+    """The founders of a shard whose replicas have all moved away would found it a second time."""
+    async with holding(tmp_path) as (holdings, failover):
+        assert not holdings.removed(0)
+        await holdings.bring(0, failover)
+        await holdings.drop(0)
+        assert holdings.removed(0)
+    async with holding(tmp_path) as (holdings, failover):
+        assert holdings.removed(0)
+        assert holdings.on_disk() == []
+        await holdings.bring(0, failover)
+        assert not holdings.removed(0)
