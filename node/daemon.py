@@ -292,7 +292,11 @@ class Daemon:
         is to hold them: what they have may be wanted."""
         holdings = self._parts.holdings
         assert holdings is not None
-        mine = {one.shard: one.voters for one in placements.values() if self._name in one.voters}
+        mine = {
+            one.shard: one.voters
+            for one in placements.values()
+            if self._name in one.voters and not holdings.removed(one.shard)
+        }
         mine |= {shard: () for shard in holdings.on_disk() if shard not in mine}
 
         async def open_one(shard: int, founders: Sequence[str]) -> None:
@@ -332,6 +336,7 @@ class Daemon:
         snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
         self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
         await supervisor.start(snapshots, name="snapshots")
+        holdings.settle = lane.settle
         holdings.fetcher = Fetcher(bytes_per_s=config.limits.snapshot_bytes_per_s, settle=lane.settle)
         for shard in sorted(shards):
             await holdings.start(shard, failover)

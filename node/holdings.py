@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,8 @@ class Holdings:
         self.changed: Callable[[], None] = lambda: None
         # By which they catch up by snapshots.
         self.fetcher = Fetcher()
+        # Returns when no search uses a replica that was in `actors` at the call.
+        self.settle: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._config, self._directory, self._node_id = config, directory, node_id
         self._promises, self._supervisor, self._links = promises, supervisor, links
         self._threads: dict[int, DedicatedThread] = {}
@@ -70,6 +72,13 @@ class Holdings:
         # A crash may have left one that was about to take another's place, or the other.
         names = {name.removesuffix(".new").removesuffix(".old") for name in found}
         return sorted(int(name) for name in names if name.isdigit())
+
+    def removed(self, shard: int) -> bool:
+        """Whether a replica of that shard was here and was removed, and none has been brought since: then it is no founder."""
+        return self._gone(shard).exists() and not self.path(shard).exists()
+
+    def _gone(self, shard: int) -> Path:
+        return self._directory / f"removed-{shard:03}"
 
     def watched(self) -> list[Watched]:
         return [
@@ -133,39 +142,50 @@ class Holdings:
     async def bring(self, shard: int, failover: Failover) -> ShardActor:
         """A replica of that shard, there already or begun now, that follows and does not vote before a placement names it."""
         async with self._lock:
-            actor = self.actors.get(shard)
-            if actor is None:
-                actor = await self.open(shard, ())
-                await self.start(shard, failover)
+            if shard not in self.actors:
+                # Whoever asks may go away meanwhile; half a replica would stay in the way of the next one.
+                with trio.CancelScope(shield=True):
+                    await self.open(shard, ())
+                    await trio.to_thread.run_sync(
+                        partial(shutil.rmtree, self._gone(shard), ignore_errors=True)
+                    )
+                    await self.start(shard, failover)
                 self.changed()
-            return actor
+            return self.actors[shard]
 
     async def drop(self, shard: int) -> None:
         """Stops it and removes its files. The caller has made sure that no placement needs it."""
         async with self._lock:
             actor = self.actors.pop(shard, None)
-            if actor is None:
-                return
-            self.replicators.pop(shard, None)
-            self.fetcher.pace(shard, None)
-            self.changed()
-            await self._supervisor.stop(f"follow-{shard:03}")
-            await self._supervisor.stop(f"shard-{shard:03}")
-            thread = self._threads.pop(shard)
-            await thread(actor.replica.abort)
-            await thread.aclose()
-            await trio.to_thread.run_sync(self._remove, shard)
-            log.info("replica removed", shard=shard)
+            if actor is not None:
+                # As in `bring`.
+                with trio.CancelScope(shield=True):
+                    await self._drop(actor)
+
+    async def _drop(self, actor: ShardActor) -> None:
+        shard = actor.shard
+        self.replicators.pop(shard, None)
+        self.fetcher.pace(shard, None)
+        self.changed()
+        await self._supervisor.stop(f"follow-{shard:03}")
+        await self._supervisor.stop(f"shard-{shard:03}")
+        await self.settle()
+        thread = self._threads.pop(shard)
+        await thread(actor.replica.abort)
+        await thread.aclose()
+        await trio.to_thread.run_sync(self._remove, shard)
+        log.info("replica removed", shard=shard)
 
     def _remove(self, shard: int) -> None:
-        # A name that is no shard's first: half of a directory must not be taken for a replica.
-        path = self.path(shard)
-        gone = path.with_name(f"removed-{shard:03}")
+        # A name that is no shard's first: half of a directory must not be taken for a replica. The name stays, for `removed`.
+        path, gone = self.path(shard), self._gone(shard)
         shutil.rmtree(gone, ignore_errors=True)
         Installing(path).clear()
         path.rename(gone)
         fsync_directory(self._directory)
         shutil.rmtree(gone, ignore_errors=True)
+        gone.mkdir(exist_ok=True)
+        fsync_directory(self._directory)
 
     async def close(self, closed: Callable[[int], object]) -> None:
         """Everything on the disk; `closed` is called with each shard that is."""

@@ -12,7 +12,8 @@ from typing import Any
 import structlog
 import trio
 
-from node import staged
+from node import facts, staged
+from node.facts import FactError
 from node.forming import Founding
 from node.links import Links
 from node.members import Members
@@ -67,7 +68,7 @@ class Layouts:
     def _refusals(self) -> Iterator[None]:
         try:
             yield
-        except (ChangeError, LayoutError) as error:
+        except (ChangeError, LayoutError, FactError) as error:
             raise RequestError("refused", str(error), getattr(error, "field", None)) from error
         except StorageError as error:
             raise RequestError("damaged", str(error)) from error
@@ -136,7 +137,17 @@ class Layouts:
             "layout": _shown(layout),
             "staged": [str(change) for change in changes],
             "limits": [asdict(limit) for limit in limits(layout)],
+            "new_disks": self._new_disks(layout),
         }
+
+    def _new_disks(self, layout: Layout) -> list[str]:
+        """Members that run on another data directory than the layout knows: they have no vote until they join again."""
+        known = {member.name: self._members.get(member.name) for member in layout.members}
+        return [
+            member.name
+            for member in layout.members
+            if member.id and (one := known[member.name]) is not None and f"{one.id:016x}" != member.id
+        ]
 
     # -- planning and committing ----------------------------------------------------------------------------------------
 
@@ -208,6 +219,7 @@ class Layouts:
 
     async def _decide(self, register: Register, value: Layout, timeout_s: float) -> None:
         """Raises RequestError; `stale_plan` when another layout was committed first."""
+        facts.pack_layout(value)  # what cannot be told must not be kept
         done = await register.commit(value, timeout_s)
         if done.outcome == "committed":
             return

@@ -53,7 +53,8 @@ Step = Bring | Place | HandOver | Wait | Done
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What the primary sees. alive, level: of a node, by name; level: it has pulled nearly all of our log.
+    """What the primary sees. alive, level, holds: of a node, by name; level: it has pulled nearly all of our log; holds: it has a
+    replica, whatever placements say.
 
     brought: replica ids of nodes that have one and are in no placement. rests: of a node, by name: it shall lead nothing.
     first_is_fit: whether the preferred primary has been alive, level and not resting for long enough.
@@ -63,8 +64,18 @@ class Sight:
     alive: Callable[[str], bool]
     level: Callable[[str], bool]
     brought: Mapping[str, int]
+    holds: Callable[[str], bool]
     rests: Callable[[str], bool] = lambda name: False
     first_is_fit: bool = False
+
+    def place(self, placement: Placement, why: str) -> Place | Wait:
+        """Not when it would leave nobody to lead: a majority of the voters must be there, with all of the log."""
+        there = [one for one in placement.names if one == self.own or (self.alive(one) and self.level(one))]
+        if 2 * len(there) > len(placement.names):
+            return Place(placement, why)
+        return Wait(
+            f"{', '.join(placement.names)} would vote, and only {', '.join(there)} is there and level"
+        )
 
 
 def next_step(placement: Placement, target: Sequence[str], sight: Sight) -> Step:
@@ -77,6 +88,10 @@ def next_step(placement: Placement, target: Sequence[str], sight: Sight) -> Step
     if strays:
         learners = tuple(one for one in placement.learners if one[0] not in strays)
         return Place(Placement(placement.voters, learners), f"{', '.join(strays)} is not wanted any more")
+    for name in placement.holders:
+        # Its disk was replaced, say.
+        if name in target and name != sight.own and sight.alive(name) and not sight.holds(name):
+            return Bring(name)
     missing = [name for name in target if name not in placement.names]
     extra = [name for name in placement.names if name not in target]
     if missing:
@@ -94,10 +109,12 @@ def _add(placement: Placement, missing: Sequence[str], extra: Sequence[str], sig
     if ready:
         dead = [name for name in extra if not sight.alive(name)]
         if dead and len(placement.voters) > 1:
-            return Place(_without(placement, dead[0]), f"{dead[0]} is dead and {ready[0]} takes its place")
+            return sight.place(
+                _without(placement, dead[0]), f"{dead[0]} is dead and {ready[0]} takes its place"
+            )
         name = ready[0]
         rest = tuple(one for one in placement.learners if one[0] != name)
-        return Place(Placement((*placement.voters, (name, learners[name])), rest), f"{name} is level")
+        return sight.place(Placement((*placement.voters, (name, learners[name])), rest), f"{name} is level")
     for name in missing:
         if name not in learners and name in sight.brought:
             more = (*placement.learners, (name, sight.brought[name]))
@@ -114,7 +131,7 @@ def _add(placement: Placement, missing: Sequence[str], extra: Sequence[str], sig
 def _remove(placement: Placement, target: Sequence[str], extra: Sequence[str], sight: Sight) -> Step:
     others = [name for name in extra if name != sight.own]
     if others:
-        return Place(_without(placement, others[0]), f"{others[0]} is not wanted any more")
+        return sight.place(_without(placement, others[0]), f"{others[0]} is not wanted any more")
     able = [name for name in target if name in placement.names and sight.alive(name) and sight.level(name)]
     if able:
         # Who rests leads only when nobody else can.

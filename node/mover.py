@@ -7,6 +7,7 @@ after a crash goes on. Shards that have lost a voter come before those that are 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import structlog
@@ -33,6 +34,8 @@ from storage.errors import StorageError
 log = structlog.get_logger(__name__)
 
 EVERY_S = 0.5
+# While a shard that we lead is on its way.
+MOVING_EVERY_S = 0.1
 CALL_S = 30.0
 # Replicas that may come to a node at the same time, and go from it.
 IN_MAX = 2
@@ -84,7 +87,7 @@ class Mover:
                 except (PeerError, NodeError, StorageError, KeyError, OSError) as error:
                     self.counters["failed"] += 1
                     self._say(actor.shard, f"failed, tried again: {error}")
-            await trio.sleep(EVERY_S)
+            await trio.sleep(MOVING_EVERY_S if self.stages else EVERY_S)
 
     def _say(self, shard: int, stage: str) -> None:
         if self.stages.get(shard, "") != stage:
@@ -140,6 +143,11 @@ class Mover:
 
         return stand_ins(layout, actor.shard, absent, may, actor.placement.holders)
 
+    def _holds(self, shard: int, name: str) -> bool:
+        """False only when it says what it holds, and that shard is not in it."""
+        known = self._members.get(name)
+        return known is None or not known.tells_shards or any(one.shard == shard for one in known.held)
+
     def _others(self, actor: ShardActor) -> int:
         """Replicas of the other shards that we lead on their way: they take what they lack from us."""
         return sum(
@@ -165,14 +173,15 @@ class Mover:
     async def _step(self, actor: ShardActor) -> None:
         target = self.target(actor)
         brought = self._brought.get(actor.shard, {})
-        for name in set(brought).difference(target):
-            # It is not wished any more: it may be dismissed.
+        for name in set(brought).difference(target).union(set(brought).intersection(actor.placement.holders)):
+            # It is not wished any more, so it may be dismissed; or has its place.
             del brought[name]
         sight = Sight(
             self._members.own.name,
             self._alive,
             actor.is_level,
             brought,
+            partial(self._holds, actor.shard),
             self._duty.rests,
             self._first_is_fit(actor, target),
         )
@@ -248,12 +257,16 @@ class Mover:
         return bool(learns) or (name not in actor.placement.names)
 
     async def on_dismiss(self, peer: str, body: Any) -> bool:
-        """The peer op `dismiss`: [shard, epoch]: the primary of that epoch does not count on our replica. Whether it is gone."""
+        """The peer op `dismiss`: [shard, epoch]: the primary of that epoch does not count on our replica. Whether it is gone; not
+        while it may hold what somebody was told is written, and nobody else has (`tail-kept`)."""
         shard, epoch = body
         actor = self._holdings.actors.get(shard)
         if actor is None:
             return True
-        if actor.leads or epoch < actor.replica.position.epoch or actor.replica.side_files():
+        replica = actor.replica
+        # What our log has that the primary's lacks is known, and put aside to be offered, once it ends in that primary's epoch.
+        follows = replica.position.epoch == epoch or not replica.position.sequence
+        if actor.leads or not follows or replica.side_files():
             return False
         log.info("dismissed", shard=shard, by=peer, epoch=epoch)
         await self._holdings.drop(shard)

@@ -203,6 +203,11 @@ class Replica:
         """The last durable sequence: `position` follows it as soon as the loop has applied it."""
         return self._log.last.sequence
 
+    @property
+    def logged_at(self) -> Version:
+        """(epoch, sequence) of the last durable record."""
+        return self._log.last
+
     def read_log(self, after: int, max_bytes: int) -> bytes:
         """Whole durable records with sequence > after, at least one if there is one. Raises LogGoneError."""
         return self._log.read_after(after, max_bytes)
