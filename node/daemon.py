@@ -22,7 +22,7 @@ from node.fetching import Fetcher
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.holdings import Holdings
-from node.identity import DataDirectory, Identity
+from node.identity import DataDirectory
 from node.inforce import InForce
 from node.keyrings import Keyrings
 from node.lane import SearchLane
@@ -34,7 +34,7 @@ from node.mover import Mover
 from node.offering import Offering
 from node.operations import Operations
 from node.orders import Orders
-from node.peerlink import Hello, PeerLimits, PeerListener
+from node.peerlink import PeerLimits, PeerListener
 from node.promises import Promises
 from node.publishing import Publisher
 from node.registers import open_register
@@ -102,7 +102,7 @@ class Daemon:
         identity = directory.identity
         agent = joining.make_agent(self._config, directory)
         members = Members(agent, joining.node_fact(self._config, self._config.listen.host), agent.id)
-        hello = self._hello(identity)
+        hello = joining.hello(self._config, identity.boots)
         listener = PeerListener(
             self._handlers,
             hello,
@@ -196,18 +196,6 @@ class Daemon:
         keyrings = Keyrings(self._parts.agent, self._parts.members, self._parts.links)
         self._handlers["keyring"] = keyrings.handle_peer
         return keyrings
-
-    def _hello(self, identity: Identity) -> Hello:
-        config = self._config
-        return Hello(
-            cluster_id=config.cluster.id,
-            node=self._name,
-            shard_count=config.cluster.shard_count,
-            dim=config.storage.dim,
-            metric=config.storage.metric,
-            class_width=config.storage.class_width,
-            boot=identity.boots,
-        )
 
     def _peer_limits(self) -> PeerLimits:
         limits = self._config.limits

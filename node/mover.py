@@ -37,6 +37,7 @@ EVERY_S = 0.5
 # While a shard that we lead is on its way.
 MOVING_EVERY_S = 0.1
 CALL_S = 30.0
+AGAIN_S = 1.0
 # Replicas that may come to a node at the same time, and go from it.
 IN_MAX = 2
 OUT_MAX = 2
@@ -61,6 +62,8 @@ class Mover:
         self._absences = Absences(config.rebuild_after_s)
         # By shard: that its preferred primary could lead.
         self._fit = Lasting()
+        # By shard: when what failed is tried again.
+        self._again_at: dict[int, float] = {}
         # By shard that we lead: its placement when we looked last.
         self._placed: dict[int, Placement] = {}
         # shard → node → replica id: brought by us, and in no placement yet.
@@ -80,12 +83,15 @@ class Mover:
                     self._fit.see(actor.shard, False, 0.0)
                     continue
                 self._tell_points(actor)
+                if trio.current_time() < self._again_at.get(actor.shard, 0.0):
+                    continue
                 try:
                     await self._step(actor)
                     await self._dismiss(actor)
                     await actor.purge()
                 except (PeerError, NodeError, StorageError, KeyError, OSError) as error:
                     self.counters["failed"] += 1
+                    self._again_at[actor.shard] = trio.current_time() + AGAIN_S
                     self._say(actor.shard, f"failed, tried again: {error}")
             await trio.sleep(MOVING_EVERY_S if self.stages else EVERY_S)
 
