@@ -15,6 +15,7 @@ from gossip.effects import Event
 from node import facts, forming, inforce, joining, layoutfile, notify, promises
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
+from node.duty import open_duty
 from node.facts import Health
 from node.failover import Failover
 from node.fetching import Fetcher
@@ -32,6 +33,7 @@ from node.members import Members
 from node.mover import Mover
 from node.offering import Offering
 from node.operations import Operations
+from node.orders import Orders
 from node.peerlink import Hello, PeerLimits, PeerListener
 from node.promises import Promises
 from node.publishing import Publisher
@@ -339,13 +341,19 @@ class Daemon:
         for shard in sorted(shards):
             await holdings.start(shard, failover)
         self._handlers["elect"] = failover.on_peer
-        mover = parts.mover = Mover(holdings, failover, parts.members, links, parts.wish)
-        self._handlers |= {"bring": mover.on_bring, "dismiss": mover.on_dismiss}
+        duty = parts.duty = await open_duty(config.node.data_dir / "duty", parts.members, failover)
+        mover = parts.mover = Mover(
+            holdings, failover, parts.members, links, lambda: parts.layout, duty, config.cluster
+        )
+        orders = parts.orders = Orders(
+            parts.members, links, self._layouts, duty, failover, holdings, self._operations.shards
+        )
+        self._handlers |= mover.handlers() | orders.handlers()
         await supervisor.start(mover, name="mover")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
         cluster = GossipCluster(
-            parts.members, placements, local, links, shards, holdings.replicators, parts.flags
+            parts.members, placements, local, links, shards, holdings.replicators, parts.flags, duty.rests
         )
         parts.coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
         device = Watched(Health.DEVICE, "the search lane", lane_thread.statistics)

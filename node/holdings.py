@@ -165,6 +165,7 @@ class Holdings:
     async def _drop(self, actor: ShardActor) -> None:
         shard = actor.shard
         self.replicators.pop(shard, None)
+        self.fetcher.pace(shard, None)
         self.changed()
         await self._supervisor.stop(f"follow-{shard:03}")
         await self._supervisor.stop(f"shard-{shard:03}")

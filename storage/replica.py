@@ -16,6 +16,7 @@ from storage.bulk import Columns, columns
 from storage.checkpoint import CheckpointJob
 from storage.compaction import CompactionJob
 from storage.config import StorageConfig
+from storage.crash_points import reached
 from storage.disk import Log
 from storage.epochs import Epochs
 from storage.errors import (
@@ -369,7 +370,9 @@ class Replica:
             raise LogGoneError(f"the log begins at sequence {first}; it cannot be cut to end at {sequence}")
         try:
             side = self._sides.keep(self._log.tail(sequence))
+            reached("cut.after_side_file")
             self._log.cut(sequence, self._go_back)
+            reached("cut.after_log")
         except (DamagedError, ReplicaStoppedError) as error:
             self._stop(error)
             raise
@@ -396,6 +399,7 @@ class Replica:
         except StorageError:
             self._write_ids.apply(record for _, record in self._log.tail(last.sequence))
             raise
+        reached("cut.after_checkpoint")
         for space in self._spaces.values():
             space.layers = ({}, {})
         self._sides.afloat |= versions
