@@ -37,6 +37,7 @@ from node.promises import Promises
 from node.publishing import Publisher
 from node.registers import open_register
 from node.remote import coded, handlers
+from node.repairer import Repairer
 from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
 from node.snapshots import Snapshots
@@ -323,7 +324,9 @@ class Daemon:
         failover = parts.failover = Failover(
             self._name, shards, parts.promises, links, on_change=publisher.tell_shards
         )
-        steering = parts.steering = Steering(parts.members, links, shards, failover)
+        repairer = parts.repairer = Repairer(self._name, shards, links, config.repair)
+        self._handlers |= {op: coded(handler) for op, handler in repairer.handlers().items()}
+        steering = parts.steering = Steering(parts.members, links, shards, failover, repairer)
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
         await supervisor.start(failover, name="failover")
@@ -339,6 +342,7 @@ class Daemon:
         await supervisor.start(mover, name="mover")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
+        await supervisor.start(repairer, name="repairer")
         cluster = GossipCluster(
             parts.members, placements, local, links, shards, holdings.replicators, parts.flags
         )

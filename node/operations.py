@@ -13,7 +13,7 @@ from node.layouts import Layouts
 from node.status import Parts, own_status, whole_status
 from node.steering import Steering
 from router.errors import RequestError
-from router.operating import Cluster, Events, FailOver, ForgetNode, Keyring, Operating, Shards, Status
+from router.operating import Cluster, Events, FailOver, ForgetNode, Keyring, Operating, Repair, Shards, Status
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +39,8 @@ class Operations:
                 return self._shards()
             case FailOver():
                 return self._steering().apply(request)
+            case Repair():
+                return self._steering().repair(request)
             case Cluster():
                 return self._layouts.handle(request)
 

@@ -22,6 +22,7 @@ from node.members import Known, Members
 from node.mover import Mover
 from node.offering import Offering
 from node.promises import Promises
+from node.repairer import Repairer
 from node.replicator import Replicator
 from node.server import AppServer
 from node.shard import ShardActor
@@ -56,6 +57,7 @@ class Parts:
     steering: Steering | None = None
     snapshots: Snapshots | None = None
     mover: Mover | None = None
+    repairer: Repairer | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
@@ -194,7 +196,14 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "snapshot": follower.transfer.figures() if follower else None,
         "learners": [name for name, _ in actor.placement.learners],
         "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
+        "repair": _repair(parts, actor),
     }
+
+
+def _repair(parts: Parts, actor: ShardActor) -> str:
+    """What came of the last comparison, if this node leads and has made one."""
+    report = parts.repairer.reports.get(actor.shard) if parts.repairer else None
+    return str(report) if report is not None and actor.leads else ""
 
 
 def _counters(parts: Parts) -> dict[str, Any]:
@@ -205,6 +214,7 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "elections": dict(parts.failover.counters) if parts.failover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},
         "snapshots": _snapshots(parts),
+        "repair": dict(parts.repairer.counters) if parts.repairer else {},
         "writes": _sum([actor.counters for actor in parts.shards.values()]),
         "gossip": asdict(parts.agent.statistics()),
         "crashes": sum(one.crashes for one in parts.supervisor.statistics()),

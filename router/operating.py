@@ -60,6 +60,14 @@ class FailOver:
     timeout_ms: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """The shard's replicas are compared, and what differs is repaired."""
+
+    shard: int
+    timeout_ms: float | None
+
+
 ClusterAction = Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"]
 
 
@@ -76,7 +84,7 @@ class Cluster:
     timeout_ms: float | None
 
 
-Operating = Status | Events | ForgetNode | Keyring | Shards | FailOver | Cluster
+Operating = Status | Events | ForgetNode | Keyring | Shards | FailOver | Repair | Cluster
 STATUS = Status()
 
 
@@ -140,6 +148,11 @@ def _fail_over(fields: dict[str, Any]) -> FailOver:
     return FailOver(raw.shard, raw.to, raw.force, raw.confirmed, raw.timeout_ms)
 
 
+def _repair(fields: dict[str, Any]) -> Repair:
+    raw = shapes.convert(fields, shapes.RepairFields)
+    return Repair(raw.shard, raw.timeout_ms)
+
+
 # What each action of `cluster` needs, and what it may have besides.
 _PLACES = ("region", "zone", "host", "capacity")
 _CLUSTER_FIELDS: dict[ClusterAction, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -191,5 +204,6 @@ PARSERS: dict[str, Callable[[dict[str, Any]], Operating]] = {
     "keyring": _keyring,
     "shards": _shards,
     "failover": _fail_over,
+    "repair": _repair,
     "cluster": _cluster,
 }
