@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, NoReturn
 
 import structlog
 import trio
 
 from node import repairwire
-from node.blocking import Runner, ThreadRunner
+from node.blocking import Runner
 from node.commit import OverloadedError
 from node.config import RepairConfig
 from node.fetching import Throttle
 from node.links import Links
+from node.mending import CHUNK, LISTING_MAX, Drop, changed
 from node.peerlink import PeerError, RemoteError
 from node.repair import Steps, decide
 from node.shard import ShardActor
@@ -32,16 +32,10 @@ LOOK_S = 1.0
 # A follower that has not applied the mark by then is left out of this comparison.
 APPLY_S = 5.0
 CALL_S = 10.0
-# Bounds of one round: buckets of one kind that are looked through, ids that are decided about, entries in one message.
+# Bounds of one round: buckets of one kind that are looked through, ids that are decided about.
 BUCKETS_MAX = 16
 IDS_MAX = 2_000
-LISTING_MAX = 20_000
-CHUNK = 100
 ROUNDS_MAX = 5
-
-Handler = Callable[[str, Any], Awaitable[Any]]
-# (kind, id, version) of a row that is to go.
-Drop = tuple[Kind, int, Version]
 
 
 @dataclass(slots=True)
@@ -87,10 +81,15 @@ class Repairer:
     """One shard at a time. `reports`: the last of each shard that this node has compared."""
 
     def __init__(
-        self, name: str, shards: Mapping[int, ShardActor], links: Links, config: RepairConfig
+        self,
+        name: str,
+        shards: Mapping[int, ShardActor],
+        links: Links,
+        config: RepairConfig,
+        runner: Runner,
     ) -> None:
         self._name, self._shards, self._links, self._config = name, shards, links, config
-        self._runner: Runner = ThreadRunner("repair", limit=1)
+        self._runner = runner
         self._throttle = Throttle(config.records_per_s)
         self._lock = trio.Lock()
         self.reports: dict[int, Report] = {}
@@ -99,16 +98,6 @@ class Repairer:
             "compared": 0, "equal": 0, "differed": 0, "not_compared": 0, "written": 0, "taken": 0, "mended": 0,
             "dropped": 0, "set_aside": 0, "lost": 0,
         }  # fmt: skip
-
-    def handlers(self) -> dict[str, Handler]:
-        """By op; they raise NodeError."""
-        return {
-            "digests": self._tell_digests,
-            "listing": self._tell_listing,
-            "copies": self._tell_copies,
-            "mend": self._mend_here,
-            "repair": self.on_repair,
-        }
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         task_status.started()
@@ -153,6 +142,9 @@ class Repairer:
                     await self._rounds(actor, report)
                 if scope.cancelled_caught:
                     report.problem = "out of time; what was repaired stays, ask again"
+            except DamagedError as error:
+                actor.harm(error)
+                report.problem = f"failed: {error}"
             except (
                 PeerError,
                 NodeError,
@@ -362,7 +354,7 @@ class Repairer:
     ) -> int:
         """Contents put right and rows dropped on that replica; how many."""
         if name == self._name:
-            return await _changed(actor, records, drops)
+            return await changed(actor, records, drops)
         reign = actor.reign
         if reign is None:
             raise actor.not_primary()
@@ -371,54 +363,6 @@ class Repairer:
 
     async def _call(self, name: str, op: str, body: list[Any]) -> Any:
         return await self._links[name].call(op, body, CALL_S)
-
-    # -- what primaries ask of us ------------------------------------------------------------------------------------
-
-    def _actor(self, shard: Any) -> ShardActor:
-        actor = self._shards.get(shard)
-        if actor is None:
-            raise NodeError("bad_request", f"shard {shard!r} has no replica on {self._name}")
-        return actor
-
-    async def _tell_digests(self, _peer: str, body: Any) -> Any:
-        shard, (epoch, sequence) = body
-        replica = self._actor(shard).replica
-        digests = replica.digested.at(Version(epoch, sequence))
-        return None if digests is None else repairwire.pack_digests(digests, len(replica.side_files()))
-
-    async def _tell_listing(self, _peer: str, body: Any) -> Any:
-        shard, kind, buckets, after = body
-        look = partial(self._actor(shard).replica.listing, Kind(kind), frozenset(buckets), after, LISTING_MAX)
-        try:
-            found, end = await self._runner(look)
-        except DamagedError as error:
-            raise NodeError(error.code, str(error)) from error
-        return [repairwire.pack_listing(found), end]
-
-    async def _tell_copies(self, _peer: str, body: Any) -> bytes:
-        shard, kind, ids = body
-        if len(ids) > CHUNK:
-            raise NodeError("too_large", f"{len(ids)} records at once; the most is {CHUNK}")
-        return encoded(await self._runner(self._actor(shard).replica.copies, Kind(kind), ids))
-
-    async def _mend_here(self, peer: str, body: Any) -> int:
-        shard, epoch, data, drops = body
-        actor = self._actor(shard)
-        if not actor.election.takes(epoch) or actor.primary != peer:
-            raise NodeError("no_primary", f"{self._name} does not follow {peer} in epoch {epoch}")
-        records = [record for _, record in split(data)]
-        wanted = [(Kind(kind), int(id_), Version(*version)) for kind, id_, version in drops]
-        try:
-            return await _changed(actor, records, wanted)
-        except StorageError as error:
-            raise NodeError(error.code, str(error)) from error
-
-
-async def _changed(actor: ShardActor, records: Sequence[Record], drops: Sequence[Drop]) -> int:
-    changed = await actor.mend(records)
-    for kind, id_, version in drops:
-        changed += await actor.drop_row(kind, id_, version)
-    return changed
 
 
 def _work(report: Report) -> int:

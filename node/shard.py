@@ -80,7 +80,7 @@ class ShardActor:
         self._log_runner = log_runner
         self._now_ns = now_ns
         self._writing = trio.Lock()
-        self.upkeep = Upkeep(replica, maintenance_runner, self._writing)
+        self.upkeep = Upkeep(replica, maintenance_runner, self._writing, self.harm)
         self._queue_max = queue_max
         self._commit = self._new_commit()
         self._waiting_bytes = 0
@@ -88,6 +88,10 @@ class ShardActor:
         self._stopped = False
         # Set for good by the replicator: our log and the primary's differ where they must not.
         self.diverged = False
+        # What is damaged in our replica, which others can stand in for: it answers no reads until it has been rebuilt.
+        self.harmed = ""
+        # Begun in the place of a damaged one, and not level yet: that something is not here says nothing.
+        self.blank = False
         self._newest_ns = 0
         self._broke = trio.Event()
         self._moved = trio.Event()
@@ -141,6 +145,21 @@ class ShardActor:
         """Since the last record was logged, by the primaries' wall clocks; 0 in an empty log."""
         logged_ns = self.replica.logged_ns
         return max(0, self._now_ns() - logged_ns) / 1e9 if logged_ns else 0.0
+
+    def harm(self, error: DamagedError) -> bool:
+        """Something in our replica is damaged. False: ours is the only copy, so nobody can stand in for it."""
+        if len(self.placement.names) < 2 and self.name in self.placement.names:
+            return False
+        if not self.harmed:
+            self.harmed = str(error)
+            log.error("replica damaged", shard=self.shard, reason=str(error))
+            self._tell()
+        return True
+
+    @property
+    def unreadable(self) -> str:
+        """The code with which reads of this replica are refused; empty: they are not."""
+        return DamagedError.code if self.harmed else "unavailable" if self.blank else ""
 
     async def changed(self) -> None:
         """Returns at the next change: leading or not, hint, placement, an acknowledgement, an echo."""

@@ -18,6 +18,7 @@ from node.config import Address, RepairConfig
 from node.election import ElectionConfig
 from node.failover import Failover
 from node.local import LocalNode
+from node.mending import Mending
 from node.peerlink import PeerGoneError, PeerLink, PeerListener
 from node.promises import Promises
 from node.pulls import Answer, Pull
@@ -252,9 +253,15 @@ class Site:
                     self.failover = Failover(self.name, {0: actor}, self.promises, self.links)  # type: ignore[arg-type]
                     self.replicator = Replicator(actor, self.links, Random(self.name))  # type: ignore[arg-type]
                     self.local = LocalNode({0: actor}, {0: self.replicator}, None, 1)  # type: ignore[arg-type]
-                    self.repairer = Repairer(self.name, {0: actor}, self.links, RepairConfig(every_s=0))  # type: ignore[arg-type]
+                    looking = ThreadRunner("repair")
+                    self.repairer = Repairer(
+                        self.name, {0: actor}, self.links, RepairConfig(every_s=0), looking  # type: ignore[arg-type]
+                    )  # fmt: skip
                     answers = {
-                        **{op: coded(handler) for op, handler in self.repairer.handlers().items()},
+                        **{
+                            op: coded(handler)
+                            for op, handler in Mending(self.name, {0: actor}, looking).handlers().items()
+                        },
                         **handlers(self.local, {0: actor}, dict),
                         "elect": lambda peer, body: self.failover.on_peer(peer, body),
                     }
