@@ -201,6 +201,10 @@ def _print_layout(reply: dict[str, Any], output: Output) -> None:
         )
     show.out.print(table)
     _print_limits(reply.get("limits", []))
+    for name in reply.get("new_disks", []):
+        show.err.print(
+            f"{name} has a new disk and no vote: gmco cluster join {name}", style="yellow", markup=False
+        )
     if reply.get("staged"):
         show.out.print(f"staged on {reply['node']}: {'; '.join(reply['staged'])}", markup=False)
 

@@ -346,6 +346,7 @@ class Daemon:
         snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
         self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
         await supervisor.start(snapshots, name="snapshots")
+        holdings.settle = lane.settle
         holdings.fetcher = Fetcher(bytes_per_s=config.limits.snapshot_bytes_per_s, settle=lane.settle)
         for shard in sorted(shards):
             await holdings.start(shard, failover)

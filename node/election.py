@@ -100,9 +100,11 @@ class Tell(NamedTuple):
 
 
 class Lead(NamedTuple):
-    """Open the epoch: append its record, fsync, and from then on write in it."""
+    """Open the epoch: append its record, fsync, and from then on write in it. changes: under the placement that `renew` or
+    `force` was asked for; without, under the present one."""
 
     epoch: int
+    changes: bool = False
 
 
 class StepDown(NamedTuple):
@@ -124,8 +126,15 @@ class _Candidacy:
     asking: bool = True
     yes: set[str] = field(default_factory=set)
     forced: bool = False
-    # Voters of the placement that the epoch is to be opened under; a majority of them must promise, too (`overlap`).
+    # Voters of the placement that the epoch is to be opened under (`overlap`): of those of them who vote already a majority must
+    # promise, too. One who comes has nothing to promise; it counts from the epoch's record on.
     also: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Not when another epoch may lie between the settled one and this: its primary may have changed the voters in another
+        way, and majorities of the two need not meet."""
+        return self.forced or (bool(self.also) and self.epoch == self.released + 1)
 
 
 class Election:
@@ -287,8 +296,8 @@ class Election:
         candidacy = self._candidacy
         assert candidacy is not None
         yes = candidacy.yes & set(self.voters)
-        also = candidacy.also
-        enough = len(yes) >= self.majority and (not also or len(yes & set(also)) > len(also) // 2)
+        staying = set(candidacy.also) & set(self.voters)
+        enough = len(yes) >= self.majority and (not staying or len(yes & staying) > len(staying) // 2)
         if not enough and not candidacy.forced:
             return []
         if candidacy.asking:
@@ -300,7 +309,7 @@ class Election:
         self._resigned = False
         self._leads_since, self._echoed = now, {}
         self._measure_lease()
-        return [Lead(self.epoch)]
+        return [Lead(self.epoch, candidacy.changes)]
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -416,8 +425,8 @@ class Election:
         return self._step_down(reason, now) if self.role is Role.PRIMARY else []
 
     def renew(self, now: float, also: Iterable[str] = ()) -> list[Effect]:
-        """As primary: stand again above our own epoch, with our lease given up, to open one under a new placement, whose voters
-        are `also`. Of those who vote already a majority of the new ones must promise: a learner has no promise to give."""
+        """As primary of a settled epoch: stand again right above it, with our lease given up, to open one under a new placement,
+        whose voters are `also`. When that fails, or an epoch may have come between, `Lead` says that nothing changes."""
         if self.role is not Role.PRIMARY:
             return []
         released = self.epoch

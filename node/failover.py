@@ -85,8 +85,8 @@ class Failover:
         self._sending: set[str] = set()
         # (shard, voter) → replica id: whom the first epoch of a shard will name.
         self._founders: dict[tuple[int, str], int] = {}
-        # Under which placement the next epoch of a shard is to be opened, when not under the present one: (present, next).
-        self._next: dict[int, tuple[Placement, Placement]] = {}
+        # Under which placement a shard's next epoch is to be opened, if it is won in a way that may change it.
+        self._next: dict[int, Placement] = {}
         self._nursery: trio.Nursery | None = None
         self.counters = {"elections": 0, "led": 0, "stepped_down": 0, "dropped": 0}
 
@@ -124,7 +124,7 @@ class Failover:
                 self._tell(actor, effect.to, [_NAMES[type(effect.message)], *effect.message])
             elif isinstance(effect, Lead):
                 self.counters["elections"] += 1
-                self._nursery.start_soon(self._lead, actor, effect.epoch)
+                self._nursery.start_soon(self._lead, actor, effect)
             elif isinstance(effect, StepDown):
                 self.counters["stepped_down"] += 1
                 actor.step_down(effect.reason)
@@ -139,11 +139,9 @@ class Failover:
             return
         self.act(actor, actor.election.on_persisted(epoch, trio.current_time()))
 
-    async def _lead(self, actor: ShardActor, epoch: int) -> None:
-        # Another may have led meanwhile, and changed it.
-        before, placement = self._next.pop(actor.shard, (None, actor.placement))
-        if before != actor.placement:
-            placement = self._present(actor)
+    async def _lead(self, actor: ShardActor, won: Lead) -> None:
+        epoch, wanted = won.epoch, self._next.pop(actor.shard, None)
+        placement = wanted if won.changes and wanted is not None else self._present(actor)
         if await actor.open_epoch(epoch, placement):
             self.counters["led"] += 1
             self._on_change()
@@ -293,14 +291,14 @@ class Failover:
             voters=new.names,
             learners=[name for name, _ in new.learners],
         )
-        self._next[actor.shard] = actor.placement, new
+        self._next[actor.shard] = new
         self.act(actor, actor.election.renew(trio.current_time(), new.names))
         return True
 
     def force(self, actor: ShardActor, epoch: int) -> None:
         """Open `epoch` with this replica as the only voter; who else is wished comes back as a learner first."""
         alone = Placement(((self._name, actor.replica.replica_id),))
-        self._next[actor.shard] = actor.placement, alone
+        self._next[actor.shard] = alone
         self.act(actor, actor.election.force(epoch, trio.current_time()))
 
     def readmit(self, actor: ShardActor, name: str, replica: int) -> None:

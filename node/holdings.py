@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,8 @@ class Holdings:
         self.changed: Callable[[], None] = lambda: None
         # By which they catch up by snapshots.
         self.fetcher = Fetcher()
+        # Returns when no search uses a replica that was in `actors` at the call.
+        self.settle: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._config, self._directory, self._node_id = config, directory, node_id
         self._promises, self._supervisor, self._links = promises, supervisor, links
         self._threads: dict[int, DedicatedThread] = {}
@@ -170,12 +172,18 @@ class Holdings:
     async def bring(self, shard: int, failover: Failover) -> ShardActor:
         """A replica of that shard, there already or begun now, that follows and does not vote before a placement names it."""
         async with self._lock:
-            actor = self.actors.get(shard)
-            if actor is None:
-                actor = await self.open(shard, ())
-                await self.start(shard, failover)
-                self.changed()
+            # Whoever asks may go away meanwhile; half a replica would stay in the way of the next one.
+            with trio.CancelScope(shield=True):
+                actor = await self._bring(shard, failover)
             return actor
+
+    async def _bring(self, shard: int, failover: Failover) -> ShardActor:
+        actor = self.actors.get(shard)
+        if actor is None:
+            actor = await self.open(shard, ())
+            await self.start(shard, failover)
+            self.changed()
+        return actor
 
     async def rebuild(self, shard: int, failover: Failover) -> None:
         """In the place of a replica that is damaged, and does not lead, a new one is begun, started, and learns from the others.
@@ -184,11 +192,13 @@ class Holdings:
             actor = self.actors.get(shard)
             if actor is None:
                 return
-            await self._stop(shard)
-            await self._begin_anew(shard, actor.harmed)
-            await self.open(shard, self._founders.get(shard, ()))
-            await self.start(shard, failover)
-            self.changed()
+            # As in `bring`.
+            with trio.CancelScope(shield=True):
+                await self._stop(shard)
+                await self._begin_anew(shard, actor.harmed)
+                await self.open(shard, self._founders.get(shard, ()))
+                await self.start(shard, failover)
+                self.changed()
 
     async def _stop(self, shard: int) -> None:
         """Its actors have ended and its files are closed, as a crash would leave them."""
@@ -197,6 +207,7 @@ class Holdings:
         self.changed()
         await self._supervisor.stop(f"follow-{shard:03}")
         await self._supervisor.stop(f"shard-{shard:03}")
+        await self.settle()
         thread = self._threads.pop(shard)
         await thread(actor.replica.abort)
         await thread.aclose()
@@ -204,11 +215,12 @@ class Holdings:
     async def drop(self, shard: int) -> None:
         """Stops it and removes its files. The caller has made sure that no placement needs it."""
         async with self._lock:
-            if shard not in self.actors:
-                return
-            await self._stop(shard)
-            await trio.to_thread.run_sync(self._remove, shard)
-            log.info("replica removed", shard=shard)
+            # As in `bring`.
+            with trio.CancelScope(shield=True):
+                if shard in self.actors:
+                    await self._stop(shard)
+                    await trio.to_thread.run_sync(self._remove, shard)
+                    log.info("replica removed", shard=shard)
 
     def _remove(self, shard: int) -> None:
         # A name that is no shard's first: half of a directory must not be taken for a replica.

@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from node.blocking import Runner
-from node.commit import GroupCommit, OverloadedError, Ticket
+from node.commit import CommitStoppedError, GroupCommit, OverloadedError, Ticket
 from node.pending import Deadlines
 from router import merge
 from storage.errors import DamagedError, StorageError
@@ -92,6 +92,8 @@ class SearchLane:
                 await self._commit.submit(nothing)
             except OverloadedError as error:
                 await trio.sleep(error.retry_after_ms / 1000)
+            except CommitStoppedError:
+                return  # nobody searches
             else:
                 return
 

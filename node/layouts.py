@@ -12,7 +12,8 @@ from typing import Any
 import structlog
 import trio
 
-from node import staged
+from node import facts, staged
+from node.facts import FactError
 from node.forming import Founding
 from node.links import Links
 from node.members import Members
@@ -61,7 +62,7 @@ class Layouts:
                 return await self._init(request.members, timeout_s)
             async with self._lock:
                 return await self._handle(request, timeout_s)
-        except (ChangeError, LayoutError) as error:
+        except (ChangeError, LayoutError, FactError) as error:
             raise RequestError("refused", str(error), getattr(error, "field", None)) from error
         except StorageError as error:
             raise RequestError("damaged", str(error)) from error
@@ -129,7 +130,17 @@ class Layouts:
             "layout": _shown(layout),
             "staged": [str(change) for change in changes],
             "limits": [asdict(limit) for limit in limits(layout)],
+            "new_disks": self._new_disks(layout),
         }
+
+    def _new_disks(self, layout: Layout) -> list[str]:
+        """Members that run on another data directory than the layout knows: they have no vote until they join again."""
+        known = {member.name: self._members.get(member.name) for member in layout.members}
+        return [
+            member.name
+            for member in layout.members
+            if member.id and (one := known[member.name]) is not None and f"{one.id:016x}" != member.id
+        ]
 
     # -- planning and committing ----------------------------------------------------------------------------------------
 
@@ -195,6 +206,7 @@ class Layouts:
                 "hash",
             )
         self._remember(hash_)
+        facts.pack_layout(value)  # what cannot be told must not be kept
         done = await register.commit(value, timeout_s)
         if done.outcome == "committed":
             await trio.to_thread.run_sync(self._path.unlink, True)

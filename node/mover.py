@@ -150,12 +150,16 @@ class Mover:
         return bool(learns) or (name not in actor.placement.names)
 
     async def on_dismiss(self, peer: str, body: Any) -> bool:
-        """The peer op `dismiss`: [shard, epoch]: the primary of that epoch does not count on our replica. Whether it is gone."""
+        """The peer op `dismiss`: [shard, epoch]: the primary of that epoch does not count on our replica. Whether it is gone; not
+        while it may hold what somebody was told is written, and nobody else has (`tail-kept`)."""
         shard, epoch = body
         actor = self._holdings.actors.get(shard)
         if actor is None:
             return True
-        if actor.leads or epoch < actor.replica.position.epoch or actor.replica.side_files():
+        replica = actor.replica
+        # What our log has that the primary's lacks is known, and put aside to be offered, once it ends in that primary's epoch.
+        follows = replica.position.epoch == epoch or not replica.position.sequence
+        if actor.leads or not follows or replica.side_files():
             return False
         log.info("dismissed", shard=shard, by=peer, epoch=epoch)
         await self._holdings.drop(shard)

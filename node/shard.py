@@ -99,6 +99,8 @@ class ShardActor:
         self.counters = {"writes": 0, "records": 0, "deduplicated": 0, "refused": 0, "batches": 0, "cuts": 0}
         # Where our log ends, bytes that are being written included.
         self._end = replica.position
+        # Up to which epoch we may have stood with a log that is not ours.
+        self._void = 0
         self._placed = replica.placement
         self.placement = self._read_placement()
         self.reign: Reign | None = None
@@ -224,6 +226,11 @@ class ShardActor:
         """Append the epoch's record, and from then on write in it. False: the election is lost again, or the disk refuses."""
         async with self._writing:
             if not self._elected(epoch):
+                return False
+            if epoch <= self._void:
+                self.act(
+                    self, self.election.give_up("its log is not what it stood with", trio.current_time())
+                )
                 return False
             self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
             idle_s = self.idle_s()
@@ -561,7 +568,7 @@ class ShardActor:
             try:
                 await self._log_runner(self.replica.append, blobs, rows)
             except DiskFullError:
-                self._end = before
+                self._take_back(before)
                 raise
             self._apply(batch)
             return True
@@ -600,13 +607,18 @@ class ShardActor:
                 try:
                     self.replica = self.upkeep.replica = await runner(make, self.replica)
                 except BaseException:
-                    self._end = before
+                    self._take_back(before)
                     raise
             self._end = self.replica.position
             self._note_placement()
             self._tell_moved()
             self._tell()
             return True
+
+    def _take_back(self, end: Version) -> None:
+        """Our log ends where it did after all; promises that were given to a longer one are void (`log-compared`)."""
+        self._end = end
+        self._void = max(self._void, self.election.seen)
 
     async def forget(self, file: SideFile) -> None:
         """Its records are on a quorum."""

@@ -85,9 +85,11 @@ class Upkeep:
         replica = self.replica
         async with self._writing:
             job = replica.begin_checkpoint()
-        await self._runner(job.run)
-        async with self._writing:
-            replica.finish_checkpoint(job)
+        # Whoever asked for it may be gone meanwhile: one that is begun and never finished would keep all others away.
+        with trio.CancelScope(shield=True):
+            await self._runner(job.run)
+            async with self._writing:
+                replica.finish_checkpoint(job)
 
     async def _compact(self) -> None:
         async with self._writing:

@@ -313,7 +313,7 @@ def test_a_handover_that_is_given_up_leaves_a_primary() -> None:
 def test_a_forced_epoch_needs_nobody_but_the_own_disk() -> None:
     one = replica("c")
     assert one.force(1_007, 10.0) == [Persist(1_007)]
-    assert one.on_persisted(1_007, 10.1) == [Lead(1_007)]
+    assert one.on_persisted(1_007, 10.1) == [Lead(1_007, changes=True)]
     assert not one.may_acknowledge(10.1), "its lease still takes a majority"
     one.on_echo("a", 10.2)
     assert one.may_acknowledge(10.3)

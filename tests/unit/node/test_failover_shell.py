@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from node.election import Tell, Would
 from node.failover import Failover
+from node.placement import Placement
+from node.shard import ShardActor
 from router.ports import NodeError
 from storage.batch import Batch
 from storage.records import Kind, Mark
 from tests.unit.node.peers import on_trio
-from tests.unit.node.voters import Willing, change, leading, running
+from tests.unit.node.voters import BRISK, Willing, change, leading, running
 
 
 @on_trio
@@ -122,6 +124,61 @@ async def test_a_placement_that_was_not_opened_is_not_opened_later(tmp_path: Pat
         failover._links = links
         await leading(actor)
         assert actor.placement == newer
+
+
+@on_trio
+async def test_a_placement_whose_voters_did_not_promise_is_not_opened_by_a_later_election(
+    tmp_path: Path,
+) -> None:
+    """`overlap`: between the settled epoch and the one that changes the voters no other may lie. Another may have led
+    meanwhile, and changed them in ways that this log does not tell."""
+    async with running(tmp_path, ("a", "b", "c")) as actor:
+        failover: Failover = actor.act.__self__  # type: ignore[attr-defined]
+        links = failover._links
+        failover._links = {}  # type: ignore[assignment]  # nobody hears that it stands
+        actor.election.on_echo("c", trio.current_time())
+        assert actor.reign is not None
+        actor.reign.progress.count("c", actor.replica.position.sequence)
+        before = actor.placement
+        assert failover.change(actor, Placement(before.voters[::2]))
+        await trio.sleep(0.02)
+        assert not actor.leads
+        failover._links = links
+        await leading(actor)
+        assert actor.placement == before
+
+
+@on_trio
+async def test_an_epoch_that_others_may_have_led_before_changes_no_voters(tmp_path: Path) -> None:
+    async with running(tmp_path, ("a", "b", "c")) as actor:
+        failover: Failover = actor.act.__self__  # type: ignore[attr-defined]
+        before = actor.placement
+        await settle(actor)
+        actor.election.seen += 3  # so far somebody has promised, perhaps to one who then led
+        assert failover.change(actor, Placement(before.voters[::2]))
+        await leading(actor)
+        assert actor.placement == before
+        await settle(actor)
+        assert failover.change(actor, Placement(before.voters[::2]))
+        await leading(actor)
+        assert actor.placement.names == ("a", "c")
+
+
+async def settle(actor: ShardActor) -> None:
+    assert actor.reign is not None
+    actor.election.on_echo("c", trio.current_time())
+    actor.reign.progress.count("c", actor.replica.position.sequence)
+
+
+@on_trio
+async def test_a_voter_alone_takes_a_second_one_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as actor:
+        failover: Failover = actor.act.__self__  # type: ignore[attr-defined]
+        began = trio.current_time()
+        assert failover.change(actor, Placement((*actor.placement.voters, ("b", 0xB))))
+        await leading(actor)
+        assert actor.placement.names == ("a", "b")
+        assert trio.current_time() - began < BRISK.candidacy_s, "not only when it has waited in vain"
 
 
 @on_trio

@@ -379,3 +379,28 @@ async def test_a_snapshot_that_does_not_open_gives_the_old_one_its_place_back(
         assert [path.name for path in (tmp_path / "a").iterdir()] == ["shard-000"]
         put(before, 1, 2)
         assert follower.replica.get(Kind.ITEM, 2) is not None
+
+
+@on_trio
+async def test_who_was_elected_with_a_log_that_it_did_not_get_does_not_lead(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (follower, primary, _, _):
+        told: list[Any] = []
+        follower.act = lambda _actor, effects: told.extend(effects)
+        election = follower.election
+        end = primary.replica.position
+
+        def fail(_old: Replica) -> Replica:
+            # Meanwhile it stands, with the log that it is about to have, and gets its promises.
+            assert election._last() == end
+            election.role, election.epoch = Role.PRIMARY, 5
+            election.seen = 5
+            raise DiskFullError("no room left on the disk")
+
+        with pytest.raises(DiskFullError):
+            await follower.replace(2, end, fail, InlineRunner())
+        assert election._last() == Version(0, 0)
+        assert not await follower.open_epoch(5, primary.placement)
+        assert (follower.leads, follower.replica.position) == (False, Version(0, 0))
+        assert told
+        election.role, election.epoch = Role.PRIMARY, 6  # stood anew, with what it has
+        assert await follower.open_epoch(6, primary.placement)

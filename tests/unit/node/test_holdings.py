@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from node.blocking import ThreadRunner
 from node.holdings import Holdings
 from node.promises import Promises
 from node.shard import ShardActor
+from node.supervisor import Supervisor
 from storage.errors import DamagedError
 from storage.records import Version
 from tests.unit.node.peers import on_trio
@@ -110,3 +112,42 @@ async def test_one_at_which_processes_end_again_and_again_is_begun_anew(tmp_path
         assert not marker.exists()
     async with opened(tmp_path, others=False) as actor:
         assert actor.replica.position == Version(0, 0)
+
+
+@asynccontextmanager
+async def holding(path: Path) -> AsyncIterator[tuple[Holdings, Any]]:
+    config = SimpleNamespace(
+        storage=CONFIG, node=SimpleNamespace(name="a"), limits=SimpleNamespace(write_queue=100)
+    )
+    failover = SimpleNamespace(adopt=lambda actor: None)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            kept = Promises(path / "promises", {}, ThreadRunner("promises"))
+            await nursery.start(kept.run)
+            holdings = Holdings(config, path, "a", kept, Supervisor(nursery), {})  # type: ignore[arg-type]
+            yield holdings, failover
+            nursery.cancel_scope.cancel()
+
+
+@on_trio
+@pytest.mark.parametrize("after", range(0, 40, 3))
+async def test_a_replica_is_brought_or_removed_as_a_whole_when_who_asked_is_gone(
+    tmp_path: Path, after: int
+) -> None:
+    """The primary's link breaks: its question is cancelled, wherever it is."""
+
+    async def cancelled(job: Callable[[], Awaitable[Any]]) -> None:
+        async with trio.open_nursery() as asker:
+            asker.start_soon(job)
+            for _ in range(after):
+                await trio.sleep(0.0005)
+            asker.cancel_scope.cancel()
+
+    async with holding(tmp_path) as (holdings, failover):
+        await cancelled(lambda: holdings.bring(0, failover))
+        await holdings.bring(0, failover)
+        assert 0 in holdings.replicators, "it follows"
+        await cancelled(lambda: holdings.drop(0))
+        assert (0 in holdings.actors) == holdings.path(0).exists()
+        await holdings.bring(0, failover)
+        assert 0 in holdings.replicators
