@@ -15,6 +15,7 @@ from gossip.effects import Event
 from node import facts, forming, inforce, joining, layoutfile, notify, promises
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
+from node.duty import open_duty
 from node.facts import Health
 from node.failover import Failover
 from node.fetching import Fetcher
@@ -33,6 +34,7 @@ from node.mending import Mending
 from node.mover import Mover
 from node.offering import Offering
 from node.operations import Operations
+from node.orders import Orders
 from node.peerlink import Hello, PeerLimits, PeerListener
 from node.promises import Promises
 from node.publishing import Publisher
@@ -302,7 +304,11 @@ class Daemon:
         is to hold them: what they have may be wanted."""
         holdings = self._parts.holdings
         assert holdings is not None
-        mine = {one.shard: one.voters for one in placements.values() if self._name in one.voters}
+        mine = {
+            one.shard: one.voters
+            for one in placements.values()
+            if self._name in one.voters and not holdings.removed(one.shard)
+        }
         mine |= {shard: () for shard in holdings.on_disk() if shard not in mine}
 
         async def open_one(shard: int, founders: Sequence[str]) -> None:
@@ -351,8 +357,14 @@ class Daemon:
         for shard in sorted(shards):
             await holdings.start(shard, failover)
         self._handlers["elect"] = failover.on_peer
-        mover = parts.mover = Mover(holdings, failover, parts.members, links, parts.wish)
-        self._handlers |= {"bring": mover.on_bring, "dismiss": mover.on_dismiss}
+        duty = parts.duty = await open_duty(config.node.data_dir / "duty", parts.members, failover)
+        mover = parts.mover = Mover(
+            holdings, failover, parts.members, links, lambda: parts.layout, duty, config.cluster
+        )
+        orders = parts.orders = Orders(
+            parts.members, links, self._layouts, duty, failover, holdings, self._operations.shards
+        )
+        self._handlers |= mover.handlers() | orders.handlers()
         await supervisor.start(mover, name="mover")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
@@ -360,7 +372,7 @@ class Daemon:
         parts.rebuilding = Rebuilding(holdings, failover, self._name, links.connected)
         await supervisor.start(parts.rebuilding, name="rebuilding")
         cluster = GossipCluster(
-            parts.members, placements, local, links, shards, holdings.replicators, parts.flags
+            parts.members, placements, local, links, shards, holdings.replicators, parts.flags, duty.rests
         )
         parts.coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
         device = Watched(Health.DEVICE, "the search lane", lane_thread.statistics)

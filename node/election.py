@@ -6,6 +6,7 @@
 * `own-epoch`: only `Lead` opens an epoch, and a machine that has just been made leads none, whatever its log says.
 * `lease`: a voter promises nothing for `lease_s` after it received a primary's stamp; the primary may acknowledge until 0.9 of
   that after the newest stamp that a majority has echoed. Stamps are the primary's own clock, so clocks need not agree.
+* A reluctant voter (its host is worked at) waits three times as long before it stands: it leads only where nobody else can.
 * `start-wait`: a voter promises nothing for `lease_s` after its own start.
 """
 
@@ -22,6 +23,8 @@ from storage.records import Version
 
 # So much longer the others wait for a shard's first voter to open its first epoch.
 FOUNDING_S = 5.0
+# So much longer a reluctant voter waits, on top of the lease that all wait for.
+RELUCTANCE_LEASES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +141,8 @@ class _Candidacy:
 
 
 class Election:
-    """`last` tells where this replica's log ends, bytes that are being written included."""
+    """`last` tells where this replica's log may end, bytes that are being written included: by that it judges candidates.
+    `durable` tells where it ends for certain: that it claims as a candidate (the same, when nothing is said)."""
 
     def __init__(
         self,
@@ -150,15 +154,19 @@ class Election:
         last: Callable[[], Version],
         random: Random,
         now: float,
+        durable: Callable[[], Version] | None = None,
         founding: bool = False,
         owes: bool = True,
     ) -> None:
         """founding: no log of this shard has a placement yet, so the first epoch takes the promises of *all* its voters: one
         whose disk was replaced looks just the same. owes: this replica may have promised something before it started."""
         self._config, self.name, self._random, self._last = config, name, random, last
+        self._durable = durable or last
         self.voters = tuple(voters)
         self._founding = founding
         self.role = Role.FOLLOWER
+        # Whether it stands only where nobody else has; in all else it is as any other.
+        self.reluctant = False
         self.promised = promised
         # The highest epoch heard of; a new one goes above it.
         self.seen = max(promised, last().epoch)
@@ -234,7 +242,11 @@ class Election:
         if self._founding and rank:
             # All of them must be there anyway, so the one that is to lead can stand.
             return FOUNDING_S * rank
-        return rank * self._config.rank_s + self._random.random() * self._config.rank_s / 2
+        rank_s = rank * self._config.rank_s + self._random.random() * self._config.rank_s / 2
+        reluctance = (
+            RELUCTANCE_LEASES * self._config.lease_s if self.reluctant and len(self.voters) > 1 else 0.0
+        )
+        return rank_s + reluctance
 
     def on_timer(self, now: float) -> list[Effect]:
         if now < self.next_deadline or self.name not in self.voters:
@@ -258,7 +270,7 @@ class Election:
         self._stand_at = (
             now + config.candidacy_s + self._random.uniform(config.retry_min_s, config.retry_max_s)
         )
-        return self._tell_others(Ask(epoch, self._last(), released)) + self._count(now)
+        return self._tell_others(Ask(epoch, self._durable(), released)) + self._count(now)
 
     def _tell_others(self, message: Message) -> list[Effect]:
         return [Tell(voter, message) for voter in self.voters if voter != self.name]
@@ -278,7 +290,7 @@ class Election:
             candidacy.yes.add(self.name)
             if candidacy.forced:
                 return self._count(now)
-            return self._tell_others(Stand(epoch, self._last(), candidacy.released)) + self._count(now)
+            return self._tell_others(Stand(epoch, self._durable(), candidacy.released)) + self._count(now)
         if self._promise_to is not None:
             to, self._promise_to = self._promise_to, None
             return [Tell(to, Promise(epoch))]

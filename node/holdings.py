@@ -88,6 +88,13 @@ class Holdings:
         names = {name.removesuffix(".new").removesuffix(".old").partition(".damaged-")[0] for name in found}
         return sorted(int(name) for name in names if name.isdigit())
 
+    def removed(self, shard: int) -> bool:
+        """Whether a replica of that shard was here and was removed, and none has been brought since: then it is no founder."""
+        return self._gone(shard).exists() and not self.path(shard).exists()
+
+    def _gone(self, shard: int) -> Path:
+        return self._directory / f"removed-{shard:03}"
+
     def watched(self) -> list[Watched]:
         return [
             Watched(Health.DISK, f"the log of shard {shard}", thread.statistics)
@@ -172,18 +179,16 @@ class Holdings:
     async def bring(self, shard: int, failover: Failover) -> ShardActor:
         """A replica of that shard, there already or begun now, that follows and does not vote before a placement names it."""
         async with self._lock:
-            # Whoever asks may go away meanwhile; half a replica would stay in the way of the next one.
-            with trio.CancelScope(shield=True):
-                actor = await self._bring(shard, failover)
-            return actor
-
-    async def _bring(self, shard: int, failover: Failover) -> ShardActor:
-        actor = self.actors.get(shard)
-        if actor is None:
-            actor = await self.open(shard, ())
-            await self.start(shard, failover)
-            self.changed()
-        return actor
+            if shard not in self.actors:
+                # Whoever asks may go away meanwhile; half a replica would stay in the way of the next one.
+                with trio.CancelScope(shield=True):
+                    await self.open(shard, ())
+                    await trio.to_thread.run_sync(
+                        partial(shutil.rmtree, self._gone(shard), ignore_errors=True)
+                    )
+                    await self.start(shard, failover)
+                self.changed()
+            return self.actors[shard]
 
     async def rebuild(self, shard: int, failover: Failover) -> None:
         """In the place of a replica that is damaged, and does not lead, a new one is begun, started, and learns from the others.
@@ -204,6 +209,7 @@ class Holdings:
         """Its actors have ended and its files are closed, as a crash would leave them."""
         actor = self.actors.pop(shard)
         self.replicators.pop(shard, None)
+        self.fetcher.pace(shard, None)
         self.changed()
         await self._supervisor.stop(f"follow-{shard:03}")
         await self._supervisor.stop(f"shard-{shard:03}")
@@ -215,23 +221,24 @@ class Holdings:
     async def drop(self, shard: int) -> None:
         """Stops it and removes its files. The caller has made sure that no placement needs it."""
         async with self._lock:
-            # As in `bring`.
-            with trio.CancelScope(shield=True):
-                if shard in self.actors:
+            if shard in self.actors:
+                # As in `bring`.
+                with trio.CancelScope(shield=True):
                     await self._stop(shard)
                     await trio.to_thread.run_sync(self._remove, shard)
-                    log.info("replica removed", shard=shard)
+                log.info("replica removed", shard=shard)
 
     def _remove(self, shard: int) -> None:
-        # A name that is no shard's first: half of a directory must not be taken for a replica.
-        path = self.path(shard)
-        gone = path.with_name(f"removed-{shard:03}")
+        # A name that is no shard's first: half of a directory must not be taken for a replica. The name stays, for `removed`.
+        path, gone = self.path(shard), self._gone(shard)
         for left in (gone, *damaged_paths(path)):
             shutil.rmtree(left, ignore_errors=True)
         Installing(path).clear()
         path.rename(gone)
         fsync_directory(self._directory)
         shutil.rmtree(gone, ignore_errors=True)
+        gone.mkdir(exist_ok=True)
+        fsync_directory(self._directory)
 
     async def close(self, closed: Callable[[int], object]) -> None:
         """Everything on the disk; `closed` is called with each shard that is."""

@@ -53,9 +53,12 @@ class Known:
         told = gossip.facts(view.id)
         self.view_of_cluster = told.get(facts.WAITING, b"")
         self.reason = facts.reason_text(told.get(facts.DEGRADED, b""))
+        self.order = facts.reason_text(told.get(facts.DUTY, b""))
         self.layout, self.layout_partial = _layout(told, self.name)
         shards = told.get(facts.SHARDS, b"")
         self.held = _held(shards, self.name)
+        # Not before it has started; then it may hold what `held` does not say.
+        self.tells_shards = bool(shards)
         self.led = _led(told.get(facts.PRIMARIES, b""), self.name)
         self._fingerprint = facts.shards_fingerprint(shards)
         self._hot_bytes = b""

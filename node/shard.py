@@ -113,6 +113,7 @@ class ShardActor:
             voters=voters,
             promised=promised,
             last=lambda: self._end,
+            durable=lambda: self.replica.logged_at,
             random=random or Random(),
             now=trio.current_time(),
             founding=self.founding,

@@ -11,6 +11,7 @@ import trio
 
 from gossip.agent import Agent
 from node.config import Config
+from node.duty import Duty
 from node.facts import Health
 from node.failover import Failover
 from node.forming import LayoutGuard
@@ -21,6 +22,7 @@ from node.links import Links
 from node.members import Known, Members
 from node.mover import Mover
 from node.offering import Offering
+from node.orders import Orders
 from node.promises import Promises
 from node.rebuilding import Rebuilding
 from node.repairer import Repairer
@@ -56,6 +58,8 @@ class Parts:
     failover: Failover | None = None
     offering: Offering | None = None
     steering: Steering | None = None
+    duty: Duty | None = None
+    orders: Orders | None = None
     snapshots: Snapshots | None = None
     mover: Mover | None = None
     repairer: Repairer | None = None
@@ -80,11 +84,6 @@ class Parts:
         """A later layout counts."""
         self.layout = layout
 
-    def wish(self, shard: int) -> Sequence[str]:
-        """The voters that the layout wants for that shard, the preferred primary first."""
-        layout = self.layout
-        return layout.wished()[shard] if layout is not None and shard < layout.shard_count else ()
-
     def flags(self) -> Health:
         return self.health.flags if self.health is not None else Health(0)
 
@@ -94,6 +93,7 @@ def own_status(parts: Parts) -> dict[str, Any]:
     return {
         "node": parts.name,
         "state": parts.state,
+        "duty": parts.duty.order if parts.duty is not None else "",
         "degraded": list(parts.health.reasons) if parts.health is not None else [],
         "shards": [_shard(parts, actor) for _, actor in sorted(parts.shards.items())],
     }
@@ -163,6 +163,7 @@ def _member(parts: Parts, known: Known, placed: bool, now: float) -> dict[str, A
         "shards": len(known.held),
         "lag_ms": max(known.lags_ms.values(), default=0) if known.held else None,
         "degraded": known.reason,
+        "duty": known.order,
     }
     if fact is not None:
         row |= {
@@ -199,6 +200,8 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "damaged": actor.harmed,
         "snapshot": follower.transfer.figures() if follower else None,
         "learners": [name for name, _ in actor.placement.learners],
+        "target": list(parts.mover.target(actor)) if parts.mover and actor.leads else [],
+        "layout": parts.layout.version if parts.layout else 0,
         "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
         "repair": _repair(parts, actor),
     }

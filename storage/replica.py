@@ -17,6 +17,7 @@ from storage.bulk import Columns, columns
 from storage.checkpoint import CheckpointJob
 from storage.compaction import CompactionJob
 from storage.config import StorageConfig
+from storage.crash_points import reached
 from storage.disk import Log
 from storage.epochs import Epochs
 from storage.errors import (
@@ -206,6 +207,11 @@ class Replica:
         """The last durable sequence: `position` follows it as soon as the loop has applied it."""
         return self._log.last.sequence
 
+    @property
+    def logged_at(self) -> Version:
+        """(epoch, sequence) of the last durable record."""
+        return self._log.last
+
     def read_log(self, after: int, max_bytes: int) -> bytes:
         """Whole durable records with sequence > after, at least one if there is one. Raises LogGoneError."""
         return self._log.read_after(after, max_bytes)
@@ -368,7 +374,9 @@ class Replica:
             raise LogGoneError(f"the log begins at sequence {first}; it cannot be cut to end at {sequence}")
         try:
             side = self._sides.keep(self._log.tail(sequence))
+            reached("cut.after_side_file")
             self._log.cut(sequence, self._go_back)
+            reached("cut.after_log")
         except (DamagedError, ReplicaStoppedError) as error:
             self._stop(error)
             raise
@@ -395,6 +403,7 @@ class Replica:
         except StorageError:
             self._write_ids.apply(record for _, record in self._log.tail(last.sequence))
             raise
+        reached("cut.after_checkpoint")
         for space in self._spaces.values():
             space.layers = ({}, {})
         self._sides.afloat |= versions

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
 import gmco
 from tests.processes.cluster import cluster, free_ports, member, put_down
 from tests.processes.ledger import DIM, TIMEOUT_S, Writer, replicas_differ
@@ -84,3 +86,54 @@ def test_a_cluster_grows_and_shrinks_under_load(tmp_path: Path) -> None:
                 assert not [problem for writer in writers for problem in writer.problems]
             finally:
                 put_down(more)
+
+
+def test_the_first_nodes_of_a_shard_that_has_moved_away_do_not_found_it_again(tmp_path: Path) -> None:
+    storage = f"dim = {DIM}"
+    with cluster(tmp_path, 3, storage=storage, shard_count=2) as daemons:
+        ports = free_ports(6)
+        more = [
+            member(
+                tmp_path,
+                f"node-{4 + i}",
+                ports[2 * i : 2 * i + 2],
+                [daemons[0].peer_port],
+                bootstrap=0,
+                storage=storage,
+                shard_count=2,
+            )
+            for i in range(3)
+        ]
+        try:
+            for daemon in more:
+                daemon.start()
+            with gmco.connect_blocking([daemons[0].url], timeout_s=TIMEOUT_S) as client:
+                client.put_items([gmco.Item(i, [1.0] * DIM, (), {"v": i}) for i in range(1, 50)], ack="all")
+                for daemon in more:
+                    client.cluster("join", {"node": daemon.name})
+                for daemon in daemons:
+                    client.cluster("leave", {"node": daemon.name})
+                client.cluster("commit", {"hash": client.cluster("plan")["hash"]})
+                wait_moved(client, {daemon.name for daemon in more}, 3)
+            # The power comes back, and the first nodes are up first.
+            for daemon in [*daemons, *more]:
+                daemon.kill()
+            for daemon in daemons:
+                daemon.start(wait=False)
+            for daemon in daemons:
+                daemon.wait_ready()
+            time.sleep(8.0)  # longer than any election
+            with gmco.connect_blocking([daemons[0].url], timeout_s=TIMEOUT_S) as client:
+                assert not client.shards()["replicas"]
+                with pytest.raises(gmco.GmcoError):
+                    client.put_items([gmco.Item(1, [1.0] * DIM, (), {"v": -1})], timeout_s=1.0)
+            for daemon in more:
+                daemon.start(wait=False)
+            for daemon in more:
+                daemon.wait_ready()
+            with gmco.connect_blocking([more[0].url], timeout_s=TIMEOUT_S) as client:
+                wait_moved(client, {daemon.name for daemon in more}, 3)
+                found = client.get_items(list(range(1, 50)))
+                assert [one.metadata["v"] for one in found if one is not None] == list(range(1, 50))
+        finally:
+            put_down(more)

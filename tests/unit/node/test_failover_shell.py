@@ -8,15 +8,17 @@ from typing import Any, ClassVar
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.election import Tell, Would
+from node.election import Ask, Refuse, Tell, Would
 from node.failover import Failover
 from node.placement import Placement
 from node.shard import ShardActor
 from router.ports import NodeError
 from storage.batch import Batch
+from storage.errors import DiskFullError
 from storage.records import Kind, Mark
 from tests.unit.node.peers import on_trio
 from tests.unit.node.voters import BRISK, Willing, change, leading, running
@@ -162,6 +164,36 @@ async def test_an_epoch_that_others_may_have_led_before_changes_no_voters(tmp_pa
         assert failover.change(actor, Placement(before.voters[::2]))
         await leading(actor)
         assert actor.placement.names == ("a", "c")
+
+
+@on_trio
+async def test_a_candidate_claims_only_what_is_on_its_disk(tmp_path: Path) -> None:
+    """`log-compared`: what is being written may fail for want of room. Who had won by it would lead with a
+    shorter log than it had said, and than those that voted for it have."""
+    async with running(tmp_path, ("a", "b", "c")) as actor:
+        actor.act(actor, actor.election.on_leader(9, trio.current_time()))
+        actor.act(actor, actor.election.on_stream("b", 9, trio.current_time()))
+        before, refuse = actor.replica.position, trio.Event()
+
+        async def full(*_: Any) -> None:
+            await refuse.wait()
+            raise DiskFullError("no room")
+
+        async def follow() -> None:
+            with pytest.raises(DiskFullError):
+                await actor.follow(9, *epoch_record(9, before.sequence, actor.placement.pack()))
+
+        actor._log_runner = full  # type: ignore[assignment]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow)
+            await trio.testing.wait_all_tasks_blocked()
+            now = trio.current_time() + 9.0
+            told = [one.message for one in actor.election.on_timer(now) if isinstance(one, Tell)]
+            assert [ask.last for ask in told if isinstance(ask, Ask)] == [before, before]
+            (answer,) = actor.election.on_message("c", Ask(50, before), now)
+            assert isinstance(answer, Tell)
+            assert isinstance(answer.message, Refuse), "who is asked counts what may be there"
+            refuse.set()
 
 
 async def settle(actor: ShardActor) -> None:

@@ -79,41 +79,6 @@ async def test_a_replica_that_no_placement_names_yet_can_be_begun(tmp_path: Path
         assert actor.election.takes(1)
 
 
-@on_trio
-async def test_a_damaged_replica_is_begun_anew_only_when_others_vote(tmp_path: Path) -> None:
-    async with running(tmp_path, keep=True) as actor:
-        await actor.write([change(1)], "primary", b"1" * 16, 2.0)
-        before = actor.replica.replica_id
-    (rows,) = (tmp_path / "shard-000").glob("items-*.f16")
-    data = bytearray(rows.read_bytes())
-    data[4096] ^= 1
-    rows.write_bytes(data)
-    with pytest.raises(ExceptionGroup) as caught:
-        async with opened(tmp_path):
-            pass
-    assert isinstance(caught.value.exceptions[0], DamagedError)
-    assert not (tmp_path / "shard-000.damaged-1").exists()
-    async with opened(tmp_path, others=True) as actor:
-        assert actor.replica.replica_id != before
-        assert actor.replica.position == Version(0, 0)
-        assert actor.unreadable == "unavailable", "that something is not here says nothing"
-    assert (tmp_path / "shard-000.damaged-1").is_dir()
-
-
-@on_trio
-async def test_one_at_which_processes_end_again_and_again_is_begun_anew(tmp_path: Path) -> None:
-    async with running(tmp_path, keep=True) as actor:
-        await actor.write([change(1)], "primary", b"1" * 16, 2.0)
-    marker = tmp_path / "shard-000.opening"
-    for ended, anew in ((b"..", False), (b"...", True)):
-        marker.write_bytes(ended)
-        async with opened(tmp_path, others=True) as actor:
-            assert actor.blank is anew
-        assert not marker.exists()
-    async with opened(tmp_path, others=False) as actor:
-        assert actor.replica.position == Version(0, 0)
-
-
 @asynccontextmanager
 async def holding(path: Path) -> AsyncIterator[tuple[Holdings, Any]]:
     config = SimpleNamespace(
@@ -151,3 +116,53 @@ async def test_a_replica_is_brought_or_removed_as_a_whole_when_who_asked_is_gone
         assert (0 in holdings.actors) == holdings.path(0).exists()
         await holdings.bring(0, failover)
         assert 0 in holdings.replicators
+
+
+@on_trio
+async def test_what_was_removed_is_not_begun_anew_at_the_next_start(tmp_path: Path) -> None:
+    """The founders of a shard whose replicas have all moved away would found it a second time."""
+    async with holding(tmp_path) as (holdings, failover):
+        assert not holdings.removed(0)
+        await holdings.bring(0, failover)
+        await holdings.drop(0)
+        assert holdings.removed(0)
+    async with holding(tmp_path) as (holdings, failover):
+        assert holdings.removed(0)
+        assert holdings.on_disk() == []
+        await holdings.bring(0, failover)
+        assert not holdings.removed(0)
+
+
+@on_trio
+async def test_a_damaged_replica_is_begun_anew_only_when_others_vote(tmp_path: Path) -> None:
+    async with running(tmp_path, keep=True) as actor:
+        await actor.write([change(1)], "primary", b"1" * 16, 2.0)
+        before = actor.replica.replica_id
+    (rows,) = (tmp_path / "shard-000").glob("items-*.f16")
+    data = bytearray(rows.read_bytes())
+    data[4096] ^= 1
+    rows.write_bytes(data)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with opened(tmp_path):
+            pass
+    assert isinstance(caught.value.exceptions[0], DamagedError)
+    assert not (tmp_path / "shard-000.damaged-1").exists()
+    async with opened(tmp_path, others=True) as actor:
+        assert actor.replica.replica_id != before
+        assert actor.replica.position == Version(0, 0)
+        assert actor.unreadable == "unavailable", "that something is not here says nothing"
+    assert (tmp_path / "shard-000.damaged-1").is_dir()
+
+
+@on_trio
+async def test_one_at_which_processes_end_again_and_again_is_begun_anew(tmp_path: Path) -> None:
+    async with running(tmp_path, keep=True) as actor:
+        await actor.write([change(1)], "primary", b"1" * 16, 2.0)
+    marker = tmp_path / "shard-000.opening"
+    for ended, anew in ((b"..", False), (b"...", True)):
+        marker.write_bytes(ended)
+        async with opened(tmp_path, others=True) as actor:
+            assert actor.blank is anew
+        assert not marker.exists()
+    async with opened(tmp_path, others=False) as actor:
+        assert actor.replica.position == Version(0, 0)

@@ -23,8 +23,15 @@ def step(
     dead: str = "",
     level: str = "abcdef",
     brought: str = "",
+    without: str = "",
 ) -> Step:
-    sight = Sight(own, lambda n: n not in dead, lambda n: n in level, {n: IDS[n] for n in brought})
+    sight = Sight(
+        own,
+        lambda n: n not in dead,
+        lambda n: n in level,
+        {n: IDS[n] for n in brought},
+        lambda n: n not in without,
+    )
     return next_step(placement, tuple(target), sight)
 
 
@@ -67,6 +74,18 @@ def test_a_dead_node_is_not_asked_for_a_replica() -> None:
     assert isinstance(step(placed("abc"), "abd", dead="d"), Wait)
 
 
+def test_a_voter_whose_replica_is_gone_gets_one_again() -> None:
+    """A node with a new disk begins only what it founded: who leads must say what else it is to hold."""
+    assert step(placed("abc"), "abc", without="c", level="ab") == Bring("c")
+    assert step(placed("abc"), "abc", without="c", dead="c") == Done()
+    assert step(placed("abc", "d"), "abd", without="d", level="abc") == Bring("d")
+
+
+def test_no_step_leaves_the_shard_without_a_majority() -> None:
+    assert isinstance(step(placed("abc"), "ab", dead="b"), Wait)
+    assert isinstance(step(placed("abc"), "ab", level="ac"), Wait)
+
+
 @given(
     st.permutations("abcdef").map(lambda names: names[:3]),
     st.permutations("abcdef").map(lambda names: names[:3]),
@@ -78,8 +97,8 @@ def test_every_move_ends_changes_one_voter_at_a_time_and_keeps_a_majority(
 ) -> None:
     placement, own = placed("".join(first)), next((n for n in first if n not in dead), "")
     wanted = "".join(target)
-    if not own:
-        return
+    if 2 * len(dead & set(first)) > len(first):
+        return  # nobody leads
     brought = ""
     for _ in range(40):
         done = step(
@@ -105,3 +124,25 @@ def test_every_move_ends_changes_one_voter_at_a_time_and_keeps_a_majority(
     if level and not dead & set(target):
         assert set(placement.names) == set(target)
         assert done == Done()
+
+
+def sighted(*, rests: str = "", dead: str = "", level: str = "abcdef", first: bool = False) -> Sight:
+    return Sight("a", lambda n: n not in dead, lambda n: n in level, {}, lambda n: n in rests, first)
+
+
+def test_who_rests_leads_only_while_nobody_else_can() -> None:
+    assert next_step(placed("abc"), tuple("abc"), sighted(rests="a")) == HandOver("b")
+    assert next_step(placed("abc"), tuple("abc"), sighted(rests="ab")) == HandOver("c")
+    assert next_step(placed("abc"), tuple("abc"), sighted(rests="a", dead="b", level="a")) == Done()
+    # Also in the midst of a move.
+    assert next_step(placed("abc"), tuple("bcd"), sighted(rests="a")) == HandOver("b")
+    # And it is not chosen by one who has to go, while another is there.
+    assert next_step(placed("abcd"), tuple("bcd"), sighted(rests="b")) == HandOver("c")
+    assert next_step(placed("abcd"), tuple("bcd"), sighted(rests="bcd")) == HandOver("b")
+
+
+def test_a_shard_goes_back_to_its_preferred_primary_once_that_is_fit_and_nothing_is_to_be_moved() -> None:
+    assert next_step(placed("abc"), tuple("bac"), sighted()) == Done()
+    assert next_step(placed("abc"), tuple("bac"), sighted(first=True)) == HandOver("b")
+    assert next_step(placed("abc"), tuple("abc"), sighted(first=True)) == Done()
+    assert next_step(placed("abc"), tuple("bad"), sighted(first=True)) == Bring("d")

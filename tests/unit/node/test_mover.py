@@ -31,7 +31,8 @@ async def test_a_replica_with_records_that_nobody_else_may_have_is_not_removed(t
     acknowledged. Only when it follows that primary it is known what it must offer first."""
     async with running(tmp_path, ("a", "b", "c")) as actor:
         held = Held(actor)
-        mover = Mover(held, None, SimpleNamespace(own=SimpleNamespace(name="a")), None, lambda shard: ())  # type: ignore[arg-type]
+        members = SimpleNamespace(own=SimpleNamespace(name="a"))
+        mover = Mover(held, None, members, None, lambda shard: ())  # type: ignore[arg-type]
         actor.election.on_echo("b", trio.current_time())
         await actor.write([change(1)], "primary", b"1" * 16, 2.0)
         assert not await mover.on_dismiss("b", [0, 9]), "it leads"
