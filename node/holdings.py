@@ -197,11 +197,13 @@ class Holdings:
             actor = self.actors.get(shard)
             if actor is None:
                 return
-            await self._stop(shard)
-            await self._begin_anew(shard, actor.harmed)
-            await self.open(shard, self._founders.get(shard, ()))
-            await self.start(shard, failover)
-            self.changed()
+            # As in `bring`.
+            with trio.CancelScope(shield=True):
+                await self._stop(shard)
+                await self._begin_anew(shard, actor.harmed)
+                await self.open(shard, self._founders.get(shard, ()))
+                await self.start(shard, failover)
+                self.changed()
 
     async def _stop(self, shard: int) -> None:
         """Its actors have ended and its files are closed, as a crash would leave them."""
