@@ -36,6 +36,8 @@ BACKOFF_S = (0.02, 0.5)
 ASK_AROUND_S = 0.2
 # Between two tries to catch up by a snapshot; the lesser when it is only not our turn.
 SNAPSHOT_BACKOFF_S = (0.5, 15.0)
+# So old is what holds nothing and has heard no primary: whoever has anything is to be asked before it.
+UNKNOWN_MS = 365 * 86_400_000
 
 
 class Replicator:
@@ -57,7 +59,7 @@ class Replicator:
         self._state = "starting"
         self.behind = 0
         # How old our data may have been at `_heard`. Before the primary is heard we only know when we wrote last.
-        self._old_ms = int(actor.idle_s() * 1000)
+        self._old_ms = int(actor.idle_s() * 1000) if actor.replica.position.sequence else UNKNOWN_MS
         self._heard = trio.current_time()
         self._named = EMPTY  # our last record as pulls name it; the disk is asked once after a start
         # The newest stamp of the primary that we follow, and in which epoch it was sent.
