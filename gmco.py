@@ -417,15 +417,32 @@ class Client:
         *,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """Does something with the layout through the node in use, where changes are staged (docs/protocol.md, *Cluster*).
-
-        The node is told to give up before we do, so that what has become of a commit is said, not guessed.
-        """
-        given = {name: value for name, value in (fields or {}).items() if value is not None}
-        allowed_s = self._timeout_s if timeout_s is None else timeout_s
-        given |= {"action": action, "timeout_ms": min(max(1.0, 800 * allowed_s), 60_000.0)}
+        """Does something with the layout through the node in use, where changes are staged (docs/protocol.md, *Cluster*)."""
         changes = action in ("commit", "init", "recover")
-        reply = await self._call("cluster", given, allowed_s, write=changes)
+        return await self._order("cluster", {**(fields or {}), "action": action}, changes, timeout_s)
+
+    async def moves(
+        self,
+        action: Literal["list", "move", "cancel", "drain", "rebalance"] = "list",
+        fields: dict[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Replicas on their way, and orders that send them (docs/protocol.md, *Moves*). Returns when the order is committed."""
+        return await self._order("moves", {**(fields or {}), "action": action}, action != "list", timeout_s)
+
+    async def maintenance(self, node: str, on: bool, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """While it is on, that node leads nothing, and nobody rebuilds elsewhere what it holds."""
+        return await self._order("maintenance", {"node": node, "on": on}, True, timeout_s)
+
+    async def _order(
+        self, op: str, fields: dict[str, Any], changes: bool, timeout_s: float | None
+    ) -> dict[str, Any]:
+        """The node is told to give up before we do, so that what has become of a commit is said, not guessed."""
+        given = {name: value for name, value in fields.items() if value is not None}
+        allowed_s = self._timeout_s if timeout_s is None else timeout_s
+        given["timeout_ms"] = min(max(1.0, 800 * allowed_s), 60_000.0)
+        reply = await self._call(op, given, allowed_s, write=changes)
         return {key: value for key, value in reply.items() if key not in ("id", "ok")}
 
     async def shards(self, *, timeout_s: float | None = None) -> dict[str, Any]:
@@ -448,6 +465,14 @@ class Client:
         """
         fields = {"shard": shard, "to": to, "force": force, "confirmed": confirmed}
         reply = await self._call("failover", fields, timeout_s)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
+    async def repair(self, shard: int, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """The shard's replicas are compared at one place of its log, and what differs is repaired: {"equal": …, "replicas":
+        {node: state}, "written": …, …}."""
+        allowed_s = self._timeout_s if timeout_s is None else timeout_s
+        fields = {"shard": shard, "timeout_ms": min(max(1.0, 800 * allowed_s), 60_000.0)}
+        reply = await self._call("repair", fields, allowed_s)
         return {key: value for key, value in reply.items() if key not in ("id", "ok")}
 
     async def recommend(
@@ -928,8 +953,11 @@ class BlockingClient:
     forget_node = _blocking(Client.forget_node)
     keyring = _blocking(Client.keyring)
     cluster = _blocking(Client.cluster)
+    moves = _blocking(Client.moves)
+    maintenance = _blocking(Client.maintenance)
     shards = _blocking(Client.shards)
     failover = _blocking(Client.failover)
+    repair = _blocking(Client.repair)
     recommend = _blocking(Client.recommend)
     similar = _blocking(Client.similar)
     search = _blocking(Client.search)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import gmco
-from admin import operating, shards, show
+from admin import moves, operating, shards, show
 from admin.films import CLASS_IDS
 from admin.load import Loader, LoadOptions, LoadProgress, StateFile, summary
 from admin.sources import Kind, SourceError, open_source
@@ -43,6 +43,7 @@ get_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(get_app, name="get", help="Show stored records.")
 operating.add_to(app)
 shards.add_to(app)
+moves.add_to(app)
 
 
 class KindName(StrEnum):

@@ -114,21 +114,7 @@ def plan(urls: Nodes = DEFAULT_NODES, output: OutputOption = Output.TABLE, timeo
         f"layout {made['base']['version']} → {made['version']}, staged on {made['node']}: {staged}",
         markup=False,
     )
-    show.out.print(_moves_table(made["moves"]))
-    if len(made["moves"]) > MOVES_SHOWN:
-        show.out.print(f"and {len(made['moves']) - MOVES_SHOWN} more (--output json has all)")
-    moved = sum(1 for move in made["moves"] if move["target"])
-    rate = f"{made['bytes_per_s'] / 1e6:.0f} MB/s per node"
-    show.out.print(
-        f"{moved} moves, {size(made['bytes'])}, about {seconds(made['eta_s'])} at {rate}; "
-        f"{made['handovers']} shards prefer another primary"
-    )
-    show.out.print(_balance_table(made["before"], made["after"]))
-    if made["sizes_unknown"]:
-        show.err.print(
-            f"no size known of {len(made['sizes_unknown'])} shards (silent: {', '.join(made['silent']) or 'nobody'})"
-        )
-    _print_limits(made["limits"])
+    print_plan(made)
     show.out.print(f"commit with: gmco cluster commit {made['hash']}", markup=False)
 
 
@@ -174,6 +160,25 @@ def recover(
 # -- printing ----------------------------------------------------------------------------------------------------------
 
 
+def print_plan(made: dict[str, Any]) -> None:
+    """What a plan would move, the balance before and after, and what cannot be."""
+    show.out.print(_moves_table(made["moves"]))
+    if len(made["moves"]) > MOVES_SHOWN:
+        show.out.print(f"and {len(made['moves']) - MOVES_SHOWN} more (--output json has all)")
+    moved = sum(1 for move in made["moves"] if move["target"])
+    rate = f"{made['bytes_per_s'] / 1e6:.0f} MB/s per node"
+    show.out.print(
+        f"{moved} moves, {size(made['bytes'])}, about {seconds(made['eta_s'])} at {rate}; "
+        f"{made['handovers']} shards prefer another primary"
+    )
+    show.out.print(_balance_table(made["before"], made["after"]))
+    if made["sizes_unknown"]:
+        show.err.print(
+            f"no size known of {len(made['sizes_unknown'])} shards (silent: {', '.join(made['silent']) or 'nobody'})"
+        )
+    _print_limits(made["limits"])
+
+
 def _print_staged(reply: dict[str, Any], output: Output) -> None:
     if output is Output.JSON:
         show.print_json(reply)
@@ -201,6 +206,10 @@ def _print_layout(reply: dict[str, Any], output: Output) -> None:
         )
     show.out.print(table)
     _print_limits(reply.get("limits", []))
+    for name in reply.get("new_disks", []):
+        show.err.print(
+            f"{name} has a new disk and no vote: gmco cluster join {name}", style="yellow", markup=False
+        )
     if reply.get("staged"):
         show.out.print(f"staged on {reply['node']}: {'; '.join(reply['staged'])}", markup=False)
 

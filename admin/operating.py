@@ -92,6 +92,8 @@ def nodes_table(status: dict[str, Any]) -> Table:
         state = str(member.get("state", "?"))
         if state == "alive" and not member.get("connected", True):
             state = "alive, no link"
+        if member.get("duty"):
+            state = f"{state}, {member['duty']}"
         load = member.get("load", {})
         cells: dict[str, RenderableType] = {
             "node": str(member.get("name", "?")),

@@ -15,7 +15,7 @@ from admin.load import BadRowError, first_cause
 from admin.sources import SourceError
 
 EXIT_OURS, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_REFUSED, EXIT_BAD_ROW = 1, 2, 3, 4, 5
-EXIT_NOT_FOUND, EXIT_TIMEOUT, EXIT_INTERRUPTED = 6, 7, 130
+EXIT_NOT_FOUND, EXIT_TIMEOUT, EXIT_NOT_COMPARED, EXIT_INTERRUPTED = 6, 7, 8, 130
 
 T = TypeVar("T")
 
@@ -65,8 +65,8 @@ def with_client(nodes: list[str], timeout_s: float, work: Callable[[gmco.Client]
     return run(connected)
 
 
-def run(work: Callable[[], Awaitable[T]]) -> T:
-    """Every error ends the command with its line and exit code."""
+def run(work: Callable[[], Awaitable[T]], *, interrupted: str = "stopped by Ctrl-C") -> T:
+    """Every error ends the command with its line and exit code. interrupted: what is said after Ctrl-C."""
     try:
         return trio.run(work)
     except BaseException as group:
@@ -81,7 +81,7 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
         if isinstance(error, OSError):
             fail("os_error", str(error), EXIT_OURS)
         if isinstance(error, KeyboardInterrupt):
-            fail("interrupted", "stopped by Ctrl-C", EXIT_INTERRUPTED)
+            fail("interrupted", interrupted, EXIT_INTERRUPTED)
         raise
 
 

@@ -6,6 +6,7 @@
 * `own-epoch`: only `Lead` opens an epoch, and a machine that has just been made leads none, whatever its log says.
 * `lease`: a voter promises nothing for `lease_s` after it received a primary's stamp; the primary may acknowledge until 0.9 of
   that after the newest stamp that a majority has echoed. Stamps are the primary's own clock, so clocks need not agree.
+* A reluctant voter (its host is worked at) waits three times as long before it stands: it leads only where nobody else can.
 * `start-wait`: a voter promises nothing for `lease_s` after its own start.
 """
 
@@ -24,6 +25,8 @@ from storage.records import Version
 EPOCH_MAX = 1 << 60
 # So much longer the others wait for a shard's first voter to open its first epoch.
 FOUNDING_S = 5.0
+# So much longer a reluctant voter waits, on top of the lease that all wait for.
+RELUCTANCE_LEASES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +167,8 @@ class Election:
         self.voters = tuple(voters)
         self._founding = founding
         self.role = Role.FOLLOWER
+        # Whether it stands only where nobody else has; in all else it is as any other.
+        self.reluctant = False
         self.promised = promised
         # The highest epoch heard of; a new one goes above it.
         self.seen = max(promised, last().epoch)
@@ -239,7 +244,11 @@ class Election:
         if self._founding and rank:
             # All of them must be there anyway, so the one that is to lead can stand.
             return FOUNDING_S * rank
-        return rank * self._config.rank_s + self._random.random() * self._config.rank_s / 2
+        rank_s = rank * self._config.rank_s + self._random.random() * self._config.rank_s / 2
+        reluctance = (
+            RELUCTANCE_LEASES * self._config.lease_s if self.reluctant and len(self.voters) > 1 else 0.0
+        )
+        return rank_s + reluctance
 
     def on_timer(self, now: float) -> list[Effect]:
         if now < self.next_deadline or self.name not in self.voters:

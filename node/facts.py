@@ -7,6 +7,7 @@ Cold facts, one key each:
     primaries   u8 schema, then u16 shard and u32 epoch of each shard that this node leads
     shards      u8 schema, then u16 shard and u8 role (0 primary, 1 replica) each; the order of the lag bytes
     degraded    UTF-8: why this node should be avoided; absent when it is well
+    duty        `draining` or `maintenance`: what an operator has said of this node; absent when nothing
     waiting     8 bytes: `view_of` the names with which this node, which has no layout yet, would form a cluster
 
 `layout` is cut into pieces under the keys `layout`, `layout.1`, …: 8 bytes of the layout's hash, u8 number of pieces, then
@@ -37,7 +38,7 @@ import xxhash
 from router.layout import Layout, LayoutError, Member, layout_from
 
 NODE, LAYOUT, SHARDS, DEGRADED, WAITING = b"node", b"layout", b"shards", b"degraded", b"waiting"
-PRIMARIES = b"primaries"
+PRIMARIES, DUTY = b"primaries", b"duty"
 VALUE_BYTES_MAX = 1_000
 HOT_BYTES_MAX = 255
 LAYOUT_PIECES_MAX = 15

@@ -34,6 +34,7 @@ from node.placement import Placement
 from node.promises import Promises
 from node.shard import ShardActor
 from router.ports import NodeError
+from storage.crash_points import reached
 from storage.records import Version
 
 log = structlog.get_logger(__name__)
@@ -79,6 +80,9 @@ class Failover:
         """on_change: called when this node leads a shard more, or one less."""
         self._name, self._shards, self._promises, self._links = name, shards, promises, links
         self._on_change = on_change
+        # Who shall lead nothing while another can.
+        self.rests: Callable[[str], bool] = lambda _name: False
+        self._reluctant = False
         self._outbox: dict[str, list[list[Any]]] = {}
         self._sending: set[str] = set()
         # (shard, voter) → replica id: whom the first epoch of a shard will name.
@@ -108,6 +112,13 @@ class Failover:
 
     def adopt(self, actor: ShardActor) -> None:
         actor.act, actor.readmit = self.act, self.readmit
+        actor.election.reluctant = self._reluctant
+
+    def be_reluctant(self, reluctant: bool) -> None:
+        """This node stands only where nobody else does."""
+        self._reluctant = reluctant
+        for actor in self._shards.values():
+            actor.election.reluctant = reluctant
 
     # -- effects --------------------------------------------------------------------------------------------------
 
@@ -136,12 +147,14 @@ class Failover:
             log.warning("promise not written", shard=actor.shard, epoch=epoch, reason=str(error))
             actor.election.on_persist_failed(epoch, trio.current_time())
             return
+        reached("failover.after_promise")
         self.act(actor, actor.election.on_persisted(epoch, trio.current_time()))
 
     async def _lead(self, actor: ShardActor, won: Lead) -> None:
         epoch, wanted = won.epoch, self._next.pop(actor.shard, None)
         placement = wanted if won.changes and wanted is not None else self._present(actor)
         if await actor.open_epoch(epoch, placement):
+            reached("failover.after_open")
             self.counters["led"] += 1
             self._on_change()
             for name in self._links:
@@ -218,13 +231,13 @@ class Failover:
     # -- handing over ---------------------------------------------------------------------------------------------
 
     def successor(self, actor: ShardActor) -> str:
-        """The voter that is nearest to having everything; empty when none follows."""
+        """The voter that is nearest to having everything, one that rests only when no other follows; empty when none does."""
         reign = actor.reign
         if reign is None:
             return ""
         positions = reign.progress.positions
         others = [name for name in reign.progress.voters if name != self._name and name in positions]
-        return max(others, key=lambda name: positions[name], default="")
+        return max(others, key=lambda name: (not self.rests(name), positions[name]), default="")
 
     async def hand_over(self, actor: ShardActor, to: str, timeout_s: float = HAND_OVER_S) -> None:
         """Writes wait, `to` gets everything, stands, and leads. Raises NodeError `no_successor`; then this node leads on."""
@@ -263,7 +276,7 @@ class Failover:
                 await actor.changed()
 
     async def hand_over_all(self) -> None:
-        """Before this node stops: each shard that it leads goes to whoever has the most of it."""
+        """Before this node stops or rests: each shard that it leads goes to whoever has the most of it."""
 
         async def one(actor: ShardActor) -> None:
             to = self.successor(actor)

@@ -25,6 +25,7 @@ from node.peerlink import (
     RemoteError,
 )
 from node.shard import ShardActor
+from storage.crash_points import reached
 from storage.errors import DamagedError, StorageError
 from storage.installing import Installing
 from storage.records import Version
@@ -271,9 +272,19 @@ class Fetcher:
     def __init__(self, *, bytes_per_s: float = 0, settle: Callable[[], Awaitable[None]] = _nothing) -> None:
         """settle: returns when no search uses a replica that was in its actor's hands at the call."""
         self._throttle = Throttle(bytes_per_s)
+        # By shard: of moves that were given a rate of their own.
+        self._own: dict[int, Throttle] = {}
         self._settle = settle
         self._runner: Runner = ThreadRunner("fetch", limit=4)
         self.counters = {"fetches": 0, "fetched_bytes": 0, "installed": 0}
+
+    def pace(self, shard: int, bytes_per_s: float | None) -> None:
+        """That shard's snapshots are fetched at this rate of their own, 0: unthrottled; None: as the others, which share one.
+        Kept until the replica votes or is removed, or this process ends."""
+        if bytes_per_s is None:
+            self._own.pop(shard, None)
+        else:
+            self._own[shard] = Throttle(bytes_per_s)
 
     async def catch_up(
         self, actor: ShardActor, snapshot: Snapshot, link: PeerLink, transfer: Transfer
@@ -291,6 +302,7 @@ class Fetcher:
             await self._runner(partial(shutil.rmtree, installing.fetch, ignore_errors=True))
             raise
         self.counters["installed"] += 1
+        reached("move.after_snapshot")
         with trio.CancelScope(shield=True):  # what is left open could not be opened again
             await self._settle()
             await self._runner(old.retire)
@@ -307,7 +319,7 @@ class Fetcher:
         await self._runner(installing.clear)
         await fetch(
             snapshot, link, installing.fetch,
-            throttle=self._throttle, transfer=transfer, runner=self._runner,
+            throttle=self._own.get(actor.shard, self._throttle), transfer=transfer, runner=self._runner,
             wanted=lambda: actor.election.takes(snapshot.epoch),
         )  # fmt: skip
         self.counters["fetched_bytes"] += snapshot.bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import structlog
 import trio
 
-from node import staged
+from node import facts, staged
+from node.facts import FactError
 from node.forming import Founding
 from node.links import Links
 from node.members import Members
@@ -30,6 +31,7 @@ TIMEOUT_S = 10.0
 SIZES_S = 2.0
 # So many hashes are remembered, so that a stale plan is told from one that never was.
 PLANS_MAX = 64
+APPLY_TRIES = 5
 # How far a forced version is above the greatest known: above what the lost may have committed.
 FORCED_VERSIONS = 1_000
 
@@ -56,12 +58,17 @@ class Layouts:
     async def handle(self, request: Cluster) -> dict[str, Any]:
         """The reply's fields. Raises RequestError."""
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else TIMEOUT_S
-        try:
+        with self._refusals():
             if request.action == "init":
                 return await self._init(request.members, timeout_s)
             async with self._lock:
                 return await self._handle(request, timeout_s)
-        except (ChangeError, LayoutError) as error:
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except (ChangeError, LayoutError, FactError) as error:
             raise RequestError("refused", str(error), getattr(error, "field", None)) from error
         except StorageError as error:
             raise RequestError("damaged", str(error)) from error
@@ -84,7 +91,8 @@ class Layouts:
             return await self._commit(request.hash, changes, timeout_s)
         return await self._stage(self._change(request), changes)
 
-    def _here(self) -> Register:
+    def here(self) -> Register:
+        """Raises RequestError."""
         if self.register is None:
             raise RequestError(
                 "refused", f"{self._members.own.name} goes by no layout yet; see `gmco cluster init`"
@@ -111,7 +119,7 @@ class Layouts:
         return member
 
     async def _stage(self, change: Change, changes: list[Change]) -> dict[str, Any]:
-        register = self._here()
+        register = self.here()
         if change not in changes:
             changes = [*changes, change]
         if len(changes) > staged.CHANGES_MAX:
@@ -123,18 +131,28 @@ class Layouts:
         return self._show(changes)
 
     def _show(self, changes: Sequence[Change]) -> dict[str, Any]:
-        layout = self._here().layout
+        layout = self.here().layout
         return {
             "node": self._members.own.name,
             "layout": _shown(layout),
             "staged": [str(change) for change in changes],
             "limits": [asdict(limit) for limit in limits(layout)],
+            "new_disks": self._new_disks(layout),
         }
+
+    def _new_disks(self, layout: Layout) -> list[str]:
+        """Members that run on another data directory than the layout knows: they have no vote until they join again."""
+        known = {member.name: self._members.get(member.name) for member in layout.members}
+        return [
+            member.name
+            for member in layout.members
+            if member.id and (one := known[member.name]) is not None and f"{one.id:016x}" != member.id
+        ]
 
     # -- planning and committing ----------------------------------------------------------------------------------------
 
     async def _plan(self, changes: Sequence[Change]) -> dict[str, Any]:
-        base = self._here().layout
+        base = self.here().layout
         sizes, silent = await self._all_sizes()
         made = await trio.to_thread.run_sync(plan, base, changes, sizes)
         self._remember(made.layout.hash)
@@ -176,7 +194,7 @@ class Layouts:
         return dict(await trio.to_thread.run_sync(self._sizes))
 
     async def _commit(self, hash_: str, changes: Sequence[Change], timeout_s: float) -> dict[str, Any]:
-        register = self._here()
+        register = self.here()
         if register.layout.hash == hash_:
             return {"node": self._members.own.name, "layout": _shown(register.layout)}
         value = None
@@ -195,10 +213,16 @@ class Layouts:
                 "hash",
             )
         self._remember(hash_)
+        await self._decide(register, value, timeout_s)
+        await trio.to_thread.run_sync(self._path.unlink, True)
+        return {"node": self._members.own.name, "layout": _shown(value)}
+
+    async def _decide(self, register: Register, value: Layout, timeout_s: float) -> None:
+        """Raises RequestError; `stale_plan` when another layout was committed first."""
+        facts.pack_layout(value)  # what cannot be told must not be kept
         done = await register.commit(value, timeout_s)
         if done.outcome == "committed":
-            await trio.to_thread.run_sync(self._path.unlink, True)
-            return {"node": self._members.own.name, "layout": _shown(value)}
+            return
         if done.outcome == "conflict":
             raise RequestError("stale_plan", "another layout was committed first; plan again", "hash")
         if done.outcome == "unavailable":
@@ -209,9 +233,38 @@ class Layouts:
             )
         raise RequestError(
             "outcome_unknown",
-            f"a majority could not be heard in time; `gmco cluster show` tells whether {hash_} is the layout, "
-            "and committing it again settles it",
+            f"a majority could not be heard in time; `gmco cluster show` tells whether {value.hash} is the layout, "
+            "and doing the same again settles it",
         )
+
+    async def apply(self, make: Callable[[Layout], Layout], timeout_s: float) -> Layout:
+        """Commits what `make` makes of the layout, at once, whatever is staged; after another commit got ahead, of that one.
+        The layout that says so. Raises RequestError."""
+        with self._refusals():
+            async with self._lock:
+                for tries in range(APPLY_TRIES):
+                    register = self.here()
+                    value = await trio.to_thread.run_sync(make, register.layout)
+                    if (value.members, value.wished()) == (register.layout.members, register.layout.wished()):
+                        return register.layout
+                    try:
+                        await self._decide(register, value, timeout_s)
+                    except RequestError as error:
+                        if error.code != "stale_plan" or tries + 1 == APPLY_TRIES:
+                            raise
+                    else:
+                        return value
+        raise AssertionError("unreachable")
+
+    async def checked(self, make: Callable[[Layout], Layout]) -> None:
+        """Whether `apply` of it could be done now. Raises RequestError."""
+        with self._refusals():
+            await trio.to_thread.run_sync(make, self.here().layout)
+
+    async def told(self, changes: Sequence[Change]) -> dict[str, Any]:
+        """What these changes alone would do. Raises RequestError."""
+        with self._refusals():
+            return await self._plan(changes)
 
     # -- first and last resort ------------------------------------------------------------------------------------------
 
@@ -237,7 +290,7 @@ class Layouts:
 
     async def _recover(self) -> dict[str, Any]:
         """Version + 1,000 of those members that are alive, by nobody's leave but the operator's."""
-        register = self._here()
+        register = self.here()
         layout = register.layout
         alive = {known.name for known in self._members.all() if known.alive}
         gone = [Change(action="leave", node=one.name) for one in layout.members if one.name not in alive]

@@ -53,6 +53,7 @@ class Known:
         told = gossip.facts(view.id)
         self.view_of_cluster = told.get(facts.WAITING, b"")
         self.reason = facts.reason_text(told.get(facts.DEGRADED, b""))
+        self.order = facts.reason_text(told.get(facts.DUTY, b""))
         self.layout, self.layout_partial = _layout(told, self.name)
         shards = told.get(facts.SHARDS, b"")
         self.held = _held(shards, self.name)

@@ -56,7 +56,8 @@ class Sight:
     """What the primary sees. alive, level, holds: of a node, by name; level: it has pulled nearly all of our log; holds: it has a
     replica, whatever placements say.
 
-    brought: replica ids of nodes that have one and are in no placement.
+    brought: replica ids of nodes that have one and are in no placement. rests: of a node, by name: it shall lead nothing.
+    first_is_fit: whether the preferred primary has been alive, level and not resting for long enough.
     """
 
     own: str
@@ -64,6 +65,8 @@ class Sight:
     level: Callable[[str], bool]
     brought: Mapping[str, int]
     holds: Callable[[str], bool]
+    rests: Callable[[str], bool] = lambda name: False
+    first_is_fit: bool = False
 
     def place(self, placement: Placement, why: str) -> Place | Wait:
         """Not when it would leave nobody to lead: a majority of the voters must be there, with all of the log."""
@@ -79,6 +82,8 @@ def next_step(placement: Placement, target: Sequence[str], sight: Sight) -> Step
     """`target`: the wished voters, the preferred primary first; none: no wish is known."""
     if not target:
         return Wait("no layout names this shard's replicas")
+    if sight.rests(sight.own) and (other := _successor(placement, target, sight)):
+        return HandOver(other)
     strays = [name for name, _ in placement.learners if name not in target]
     if strays:
         learners = tuple(one for one in placement.learners if one[0] not in strays)
@@ -93,6 +98,8 @@ def next_step(placement: Placement, target: Sequence[str], sight: Sight) -> Step
         return _add(placement, missing, extra, sight)
     if extra:
         return _remove(placement, target, extra, sight)
+    if sight.first_is_fit and target[0] != sight.own:
+        return HandOver(target[0])
     return Done()
 
 
@@ -125,10 +132,18 @@ def _remove(placement: Placement, target: Sequence[str], extra: Sequence[str], s
     others = [name for name in extra if name != sight.own]
     if others:
         return sight.place(_without(placement, others[0]), f"{others[0]} is not wanted any more")
-    for name in target:
-        if name in placement.names and sight.alive(name) and sight.level(name):
-            return HandOver(name)
+    able = [name for name in target if name in placement.names and sight.alive(name) and sight.level(name)]
+    if able:
+        # Who rests leads only when nobody else can.
+        return HandOver(min(able, key=sight.rests))
     return Wait("nobody of the wished voters is level, to lead after us")
+
+
+def _successor(placement: Placement, target: Sequence[str], sight: Sight) -> str:
+    """A voter that may lead in our place, wished ones first; empty when there is none."""
+    others = [name for name in (*target, *placement.names) if name in placement.names and name != sight.own]
+    fit = (n for n in others if sight.alive(n) and sight.level(n) and not sight.rests(n))
+    return next(fit, "")
 
 
 def _without(placement: Placement, name: str) -> Placement:

@@ -10,10 +10,23 @@ import structlog
 from node.history import History
 from node.keyrings import Keyrings
 from node.layouts import Layouts
+from node.orders import Orders
 from node.status import Parts, own_status, whole_status
 from node.steering import Steering
 from router.errors import RequestError
-from router.operating import Cluster, Events, FailOver, ForgetNode, Keyring, Operating, Shards, Status
+from router.operating import (
+    Cluster,
+    Events,
+    FailOver,
+    ForgetNode,
+    Keyring,
+    Maintenance,
+    Moves,
+    Operating,
+    Repair,
+    Shards,
+    Status,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -36,20 +49,35 @@ class Operations:
             case Keyring():
                 return self._keyrings.apply(request)
             case Shards():
-                return self._shards()
+                return self.shards()
             case FailOver():
                 return self._steering().apply(request)
+            case Repair():
+                return self._steering().repair(request)
             case Cluster():
                 return self._layouts.handle(request)
+            case Moves():
+                return self._orders().handle(request)
+            case Maintenance():
+                return self._orders().maintenance(request)
 
     def _steering(self) -> Steering:
         if self._parts.steering is None:
-            raise RequestError(
-                "unavailable", f"{self._parts.name} is not ready: {self._parts.state}; ask another node"
-            )
+            raise self._not_ready()
         return self._parts.steering
 
-    async def _shards(self) -> dict[str, Any]:
+    def _orders(self) -> Orders:
+        if self._parts.orders is None:
+            raise self._not_ready()
+        return self._parts.orders
+
+    def _not_ready(self) -> RequestError:
+        return RequestError(
+            "unavailable", f"{self._parts.name} is not ready: {self._parts.state}; ask another node"
+        )
+
+    async def shards(self) -> dict[str, Any]:
+        """Every replica of every node. Raises RequestError."""
         others = await self._steering().shards()
         own = [{**row, "node": self._parts.name} for row in own_status(self._parts)["shards"]]
         rows = sorted(own + others["replicas"], key=lambda row: (row["shard"], row["node"]))

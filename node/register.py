@@ -190,7 +190,7 @@ class Proposer:
     def __init__(
         self, name: str, base: Layout, value: Layout, *, counter: int, random: Random, deadline: float
     ) -> None:
-        """counter: the greatest that this node has ever reserved."""
+        """name: of the ballots, no other node's. counter: the greatest that this node has ever reserved."""
         assert value.version == base.version + 1, "a layout follows the one before"
         assert value.base == base.hash, "a layout follows the one before"
         self.name, self.base, self.own = name, base, value

@@ -202,7 +202,8 @@ class Register:
         with trio.CancelScope(shield=True):
             done = await self._propose(
                 Proposer(
-                    self._members.own.name,
+                    # Two nodes may share a name by mistake, but no id: they must not share ballots.
+                    f"{self._members.own.name}:{self._id}",
                     self.layout,
                     value,
                     counter=self._counter,

@@ -29,7 +29,9 @@ class GossipCluster:
         shards: Mapping[int, ShardActor],
         replicators: Mapping[int, Replicator],
         health: Callable[[], Health],
+        rests: Callable[[str], bool],
     ) -> None:
+        """rests: whether a node is to be left in peace where another can be asked."""
         self.local = members.own.name
         self.shard_count = len(placements)
         self._members = members
@@ -37,6 +39,7 @@ class GossipCluster:
         self._links = links
         self._shards, self._replicators = shards, replicators
         self._health = health
+        self._rests = rests
         self._seen: dict[int, Placement] = {}
         self._generation = -1
         self._local_node = node
@@ -80,6 +83,8 @@ class GossipCluster:
         return known is not None and known.alive and self._links.connected(name)
 
     def avoid(self, name: str) -> bool:
+        if self._rests(name):
+            return True
         if name == self.local:
             return bool(self._health())
         known = self._members.get(name)

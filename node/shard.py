@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from node import batching, placement
-from node.batching import Item, OfferItem, WriteItem, Written
+from node.batching import AgainItem, Item, OfferItem, WriteItem, Written
 from node.blocking import Runner
 from node.commit import CommitStoppedError, GroupCommit
 from node.election import Effect, Election, ElectionConfig, Role
@@ -82,7 +82,7 @@ class ShardActor:
         self._log_runner = log_runner
         self._now_ns = now_ns
         self._writing = trio.Lock()
-        self.upkeep = Upkeep(replica, maintenance_runner, self._writing)
+        self.upkeep = Upkeep(replica, maintenance_runner, self._writing, self.harm)
         self._queue_max = queue_max
         self._commit = self._new_commit()
         self._waiting_bytes = 0
@@ -90,6 +90,10 @@ class ShardActor:
         self._stopped = False
         # Set for good by the replicator: our log and the primary's differ where they must not.
         self.diverged = False
+        # What is damaged in our replica, which others can stand in for: it answers no reads until it has been rebuilt.
+        self.harmed = ""
+        # Begun in the place of a damaged one, and not level yet: that something is not here says nothing.
+        self.blank = False
         self._newest_ns = 0
         self._broke = trio.Event()
         self._moved = trio.Event()
@@ -151,6 +155,21 @@ class ShardActor:
         """Since the last record was logged, by the primaries' wall clocks; 0 in an empty log."""
         logged_ns = self.replica.logged_ns
         return max(0, self._now_ns() - logged_ns) / 1e9 if logged_ns else 0.0
+
+    def harm(self, error: DamagedError) -> bool:
+        """Something in our replica is damaged. False: ours is the only copy, so nobody can stand in for it."""
+        if len(self.placement.names) < 2 and self.name in self.placement.names:
+            return False
+        if not self.harmed:
+            self.harmed = str(error)
+            log.error("replica damaged", shard=self.shard, reason=str(error))
+            self._tell()
+        return True
+
+    @property
+    def unreadable(self) -> str:
+        """The code with which reads of this replica are refused; empty: they are not."""
+        return DamagedError.code if self.harmed else "unavailable" if self.blank else ""
 
     async def changed(self) -> None:
         """Returns at the next change: leading or not, hint, placement, an acknowledgement, an echo."""
@@ -297,18 +316,30 @@ class ShardActor:
     async def offer(self, records: Sequence[Record], timeout_s: float) -> Sequence[Record]:
         """Takes records of a tail again, returns when they are on a quorum. Those of ids that may have been purged are not taken
         but returned, and kept in the quarantine here. Raises NodeError."""
+        written = await self._take_again(OfferItem(records), timeout_s)
+        return written.aside
+
+    async def again(self, records: Sequence[Record], timeout_s: float) -> None:
+        """Writes records that we have and others lack again, as they are; returns when they are on a quorum. Raises NodeError."""
+        await self._take_again(AgainItem(records), timeout_s)
+
+    async def _take_again(self, item: OfferItem | AgainItem, timeout_s: float) -> Written:
         deadline = trio.current_time() + timeout_s
         await self._leased(deadline)
         written: Written | None = None
         with trio.move_on_at(deadline):
-            written = await self._submit(OfferItem(records))
+            written = await self._submit(item)
         if written is None:
             raise unknown(f"shard {self.shard} did not get the offered records to disk in time")
         if written.aside:
-            log.error("quarantined", shard=self.shard, ids=[record.id for record in written.aside][:20])
-            await self._log_runner(self.replica.quarantine, written.aside)
+            await self.put_aside(written.aside)
         await self.acknowledged(written.at, "quorum", deadline)
-        return written.aside
+        return written
+
+    async def put_aside(self, records: Sequence[Record]) -> None:
+        """Into the quarantine, durably. Raises StorageError."""
+        log.error("quarantined", shard=self.shard, ids=[record.id for record in records][:20])
+        await self._log_runner(self.replica.quarantine, records)
 
     async def _leased(self, deadline: float) -> None:
         until = min(deadline, trio.current_time() + LEASE_WAIT_S)
@@ -363,17 +394,25 @@ class ShardActor:
         floor = self.replica.purge_point(
             min(reign.progress.reached("all"), *learners, self.replica.position.sequence)
         )
-        if floor is None:
+        if floor is None or not await self.mark(Mark.PURGE, encode_floor(floor), reign):
             return False
-        async with self._writing:
-            if self.reign is not reign or not self.election.may_acknowledge(trio.current_time()):
-                return False
-            batch = Batch(reign.epoch, self.replica.position.sequence, max(self._now_ns(), self._newest_ns))
-            batch.add_mark(Mark.PURGE, encode_floor(floor))
-            await self._append(batch, 0)
-            self._apply(batch.records)
         log.info("purged", shard=self.shard, floor=floor)
         return True
+
+    async def mark(self, mark: Mark, metadata: bytes = b"", only: Reign | None = None) -> Version | None:
+        """As primary: where that mark stands in the log, on our disk; None when we lead no more, or no more in `only`. Raises
+        StorageError."""
+        async with self._writing:
+            reign = self.reign
+            if reign is None or (only or reign) is not reign:
+                return None
+            if not self.election.may_acknowledge(trio.current_time()):
+                return None
+            batch = Batch(reign.epoch, self.replica.position.sequence, max(self._now_ns(), self._newest_ns))
+            place = batch.add_mark(mark, metadata)
+            await self._append(batch, 0)
+            self._apply(batch.records)
+            return place
 
     async def _submit(self, item: Item) -> Written:
         """Bounded in bytes as well as in items: a few large requests must not take all memory."""
@@ -603,6 +642,18 @@ class ShardActor:
         """A record that was put aside elsewhere: its row, which our cut tail had left here, goes. Whether there was one."""
         async with self._writing:
             return self.replica.drop_row(kind, id_, version)
+
+    async def mend(self, records: Sequence[Record]) -> int:
+        """The content that another replica has under the same versions takes the place of ours, which goes into the quarantine
+        when it is intact, too. How many there were. Raises StorageError."""
+        mended = 0
+        for record in records:
+            intact = self.replica.copies(record.kind, [record.id])
+            if intact:
+                await self.put_aside(intact)
+            async with self._writing:
+                mended += self.replica.mend(record)
+        return mended
 
     async def wait_applied(self, epoch: int, sequence: int, timeout_s: float) -> bool:
         """Whether this replica has applied (epoch, sequence) within `timeout_s`.

@@ -132,6 +132,11 @@ class FailOverFields(Struct, forbid_unknown_fields=True, kw_only=True):
     timeout_ms: Timeout = None
 
 
+class RepairFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    shard: Annotated[int, Meta(ge=0, lt=65_536)]
+    timeout_ms: Timeout = None
+
+
 Place = Annotated[str, Meta(max_length=64)] | None
 
 
@@ -148,6 +153,26 @@ class ClusterFields(Struct, forbid_unknown_fields=True, kw_only=True):
     ) = None
     hash: Annotated[str, Meta(min_length=16, max_length=16)] | None = None
     force: bool = False
+    timeout_ms: Timeout = None
+
+
+NodeName = Annotated[str, Meta(min_length=1, max_length=64)]
+
+
+class MovesFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    action: Literal["list", "move", "cancel", "drain", "rebalance"]
+    shard: Annotated[int, Meta(ge=0, lt=65_536)] | None = None
+    source: NodeName | None = None
+    target: NodeName | None = None
+    bytes_per_s: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
+    node: NodeName | None = None
+    dry_run: bool | None = None
+    timeout_ms: Timeout = None
+
+
+class MaintenanceFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    node: NodeName
+    on: bool
     timeout_ms: Timeout = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -152,6 +153,17 @@ def test_a_minority_dies_while_it_is_committed_and_a_lost_majority_is_recovered_
         three.start()
         assert wait_same(daemons, 2) == made["hash"]
         found(three)
+
+        # A member whose disk is gone has no vote until it joins again.
+        three.kill()
+        shutil.rmtree(three.data)
+        three.start()
+        wait_same(daemons, 2)
+        deadline = time.monotonic() + 20
+        while ask(one, "show")["new_disks"] != ["node-3"]:
+            assert time.monotonic() < deadline, one.tail()
+            time.sleep(0.1)
+        assert "node-3 has a new disk and no vote" in gmco_cluster(one, "show").stderr
 
         # A member that leaves, dead: a majority of the others is enough.
         three.kill()

@@ -112,8 +112,12 @@ def test_a_new_member_takes_its_share_and_nothing_else_moves(
     new = Member(name="new", zone="z0")
     after = targets(wanted([*members, new], shard_count, replication), before)
     held = Counter(name for names in after for name in names)
-    assert held["new"] <= ceil(Fraction(shard_count * min(replication, count + 1), count + 1))
-    assert moved(before, after) == held["new"]
+    # Who must give something away, and has nothing that may lie beside what the new one can take, gives it to another.
+    most = ceil(Fraction(shard_count * min(replication, count + 1), count + 1))
+    load = Counter(name for names in before for name in names)
+    assert held["new"] <= most
+    above = sum(max(0, one - most) for one in load.values()) if zones > 1 else 0
+    assert held["new"] <= moved(before, after) <= held["new"] + above
 
 
 @pytest.mark.parametrize(

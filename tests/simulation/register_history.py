@@ -94,7 +94,7 @@ class Trouble:
         sim = self.sim
         name = self.random.choice(NAMES)
         under_way = [one.value for one in sim.tries if not one.outcome]
-        for layout in [sim.newest, *under_way]:
+        for layout in [*sim.needed(), *under_way]:
             member = layout.member(name)
             if member is not None and sim.voters_left(layout) - 1 <= len(layout.members) // 2:
                 return
@@ -160,7 +160,7 @@ class Clients:
     def _wipe(self, one: Try) -> None:
         sim = self.sim
         for member in one.base.members:
-            if one.value.member(member.name) is None and sim.newest.member(member.name) is None:
+            if not any(layout.member(member.name) for layout in (one.value, *sim.needed())):
                 sim.hosts[member.name].lose_disk()
                 host = sim.hosts[member.name]
                 sim.at(sim.now + 1.0, lambda host=host: None if host.running else host.start())  # type: ignore[misc]

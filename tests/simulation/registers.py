@@ -151,6 +151,11 @@ class Sim:
     def newest(self) -> Layout:
         return self.decided[max(self.decided)]
 
+    def needed(self) -> list[Layout]:
+        """Layouts whose members no operator may take away: from the last acknowledged one on."""
+        acknowledged = max((one.value.version for one in self.tries if one.outcome == "committed"), default=1)
+        return [layout for version, layout in self.decided.items() if version >= acknowledged]
+
     def voters_left(self, layout: Layout) -> int:
         """Members that have not lost their promises."""
         return sum(self.hosts[member.name].disk.id == member.id for member in layout.members)
@@ -225,11 +230,12 @@ class Host:
             self.slot = replace(self.slot, promised=NEVER)
         before = self.slot
         self.slot, reply = answer(self.slot, self.name, self.disk.id, ask)
-        if self.slot is before:
+        if self.slot is not before and isinstance(ask, Learn):
+            self.sim.note(ask.layout)
+        # Also an answer that changes nothing tells of a state that may still be on its way to the disk.
+        if self.slot is before and self._synced_at <= self.sim.now:
             self._reply(source, reply)
         else:
-            if isinstance(ask, Learn):
-                self.sim.note(ask.layout)
             self._sync(lambda: self._reply(source, reply))
 
     def _reply(self, to: str, reply: Reply) -> None:

@@ -316,3 +316,21 @@ def test_nodes_come_from_the_environment(
     monkeypatch.setenv("GMCO_NODES", f"{NOWHERE},ws://127.0.0.1:19")
     assert run("status", "--timeout", "0.3") == 3
     assert NOWHERE in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["set", "node-1", "colour=red"], "region=… or zone=… or host=… or capacity=…"),
+        (["set", "zone=a"], "replication=…"),
+        (["set", "node-1", "capacity=big"], "capacity is a whole number"),
+        (["recover"], "--force"),
+    ],
+)
+def test_what_cluster_does_not_take_is_said_before_anybody_is_asked(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["cluster", *arguments])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err

@@ -367,6 +367,35 @@ def test_an_echo_that_comes_late_takes_nothing_away() -> None:
     assert one.may_acknowledge(10.0 + 0.9 * L - 0.01)
 
 
+def test_a_reluctant_voter_stands_only_when_the_others_have_not_for_three_leases() -> None:
+    one, other = replica("b"), replica("c")
+    one.reluctant = True
+    for voter in (one, other):
+        voter.on_stream("a", 2, 10.0)
+    assert other.next_deadline < 10.0 + 1.5 * L
+    assert 10.0 + 3 * L <= one.next_deadline < 10.0 + 3.5 * L
+    assert one.on_timer(10.0 + 2.9 * L) == []
+    assert told(one.on_timer(10.0 + 3.5 * L)) == [Ask(3, END)] * 2
+    # It votes as ever, and leads at once when the primary asks it to.
+    again = replica("b")
+    again.reluctant = True
+    again.on_stream("a", 2, 10.0)
+    assert again.on_message("c", Stand(3, END), 10.0 + L) == [Persist(3)]
+    again = replica("b")
+    again.reluctant = True
+    again.on_stream("a", 2, 10.0)
+    assert told(again.on_message("a", Succeed(2), 10.0)) == [Ask(3, END, 2)] * 2
+
+
+def test_who_votes_alone_is_never_reluctant() -> None:
+    one = Election(
+        ElectionConfig(), "a", voters=["a"], promised=0, last=lambda: END, random=Random(1), now=0.0
+    )
+    one.reluctant = True
+    one.on_stream("a", 2, 10.0)
+    assert one.next_deadline < 10.0 + 1.5 * L
+
+
 def test_a_promise_that_was_given_up_for_an_own_candidacy_is_told_to_nobody() -> None:
     one = replica()
     assert one.on_message("a", Stand(2, END), 10.0) == [Persist(2)]  # and the disk is slow

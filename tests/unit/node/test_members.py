@@ -104,7 +104,9 @@ class FakeLinks:
 
 
 def routing(members: Members, links: FakeLinks, *flags: Health) -> GossipCluster:
-    return GossipCluster(members, {}, None, links, {}, {}, lambda: flags[0] if flags else Health(0))  # type: ignore[arg-type]
+    health = flags[0] if flags else Health(0)
+    rests = lambda name: name == "resting"  # noqa: E731
+    return GossipCluster(members, {}, None, links, {}, {}, lambda: health, rests)  # type: ignore[arg-type]
 
 
 @on_trio
@@ -113,7 +115,8 @@ async def test_who_leads_is_what_our_replica_hears_then_what_the_living_say_then
     c = join(hub, 3, "c")
     actor = SimpleNamespace(primary="")
     placements = {s: Placement(shard=s, epoch=1, voters=("a", "b", "c")) for s in (4, 9)}
-    cluster = GossipCluster(members, placements, None, FakeLinks(), {4: actor}, {}, lambda: Health(0))  # type: ignore[arg-type,dict-item]
+    parts = (members, placements, None, FakeLinks(), {4: actor}, {})
+    cluster = GossipCluster(*parts, lambda: Health(0), lambda _name: False)  # type: ignore[arg-type]
     assert [cluster.primary(4), cluster.primary(9)] == ["a", "a"]
     b.set_fact(facts.PRIMARIES, pack_primaries({4: 2, 9: 7}))
     c.set_fact(facts.PRIMARIES, pack_primaries({9: 6}))

@@ -124,3 +124,26 @@ def test_every_move_ends_changes_one_voter_at_a_time_and_keeps_a_majority(
     if level and not dead & set(target):
         assert set(placement.names) == set(target)
         assert done == Done()
+
+
+def sighted(*, rests: str = "", dead: str = "", level: str = "abcdef", first: bool = False) -> Sight:
+    alive = lambda n: n not in dead  # noqa: E731
+    return Sight("a", alive, lambda n: n in level, {}, lambda _n: True, lambda n: n in rests, first)
+
+
+def test_who_rests_leads_only_while_nobody_else_can() -> None:
+    assert next_step(placed("abc"), tuple("abc"), sighted(rests="a")) == HandOver("b")
+    assert next_step(placed("abc"), tuple("abc"), sighted(rests="ab")) == HandOver("c")
+    assert next_step(placed("abc"), tuple("abc"), sighted(rests="a", dead="b", level="a")) == Done()
+    # Also in the midst of a move.
+    assert next_step(placed("abc"), tuple("bcd"), sighted(rests="a")) == HandOver("b")
+    # And it is not chosen by one who has to go, while another is there.
+    assert next_step(placed("abcd"), tuple("bcd"), sighted(rests="b")) == HandOver("c")
+    assert next_step(placed("abcd"), tuple("bcd"), sighted(rests="bcd")) == HandOver("b")
+
+
+def test_a_shard_goes_back_to_its_preferred_primary_once_that_is_fit_and_nothing_is_to_be_moved() -> None:
+    assert next_step(placed("abc"), tuple("bac"), sighted()) == Done()
+    assert next_step(placed("abc"), tuple("bac"), sighted(first=True)) == HandOver("b")
+    assert next_step(placed("abc"), tuple("abc"), sighted(first=True)) == Done()
+    assert next_step(placed("abc"), tuple("bad"), sighted(first=True)) == Bring("d")

@@ -122,7 +122,7 @@ async def test_without_a_majority_nothing_happens_and_it_says_so(tmp_path: Path)
     assert a.layout == base
     # Its own promise and its counter are on the disk, and a restart goes on above them.
     kept = load(tmp_path / "a" / "register", cluster="c")
-    assert (kept.counter, kept.promised, kept.hash) == (1, Ballot(1, "a"), base.hash)
+    assert (kept.counter, kept.promised, kept.hash) == (1, Ballot(1, f"a:{1:016x}"), base.hash)
 
 
 @on_trio
