@@ -104,7 +104,8 @@ class Failover:
             while True:
                 now = trio.current_time()
                 for actor in list(self._shards.values()):
-                    if now >= actor.election.next_deadline:
+                    # One whose bytes were changed at rest may vote by where its log ends, and not lead with what it holds.
+                    if now >= actor.election.next_deadline and (actor.leads or not actor.diverged):
                         self.act(actor, actor.election.on_timer(now))
                 await trio.sleep(TICK_S)
         raise AssertionError("unreachable")

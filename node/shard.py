@@ -146,6 +146,11 @@ class ShardActor:
         """Who leads, as far as we know; empty when we do not."""
         return self.name if self.reign is not None else self.hint[1]
 
+    @property
+    def disowned(self) -> bool:
+        """Our log names this node as a voter, and with another replica than ours: what that one had promised is not known."""
+        return not self.founding and self.name in self.placement.names and self.name not in self._voters()
+
     def idle_s(self) -> float:
         """Since the last record was logged, by the primaries' wall clocks; 0 in an empty log."""
         logged_ns = self.replica.logged_ns
