@@ -467,6 +467,14 @@ class Client:
         reply = await self._call("failover", fields, timeout_s)
         return {key: value for key, value in reply.items() if key not in ("id", "ok")}
 
+    async def repair(self, shard: int, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """The shard's replicas are compared at one place of its log, and what differs is repaired: {"equal": …, "replicas":
+        {node: state}, "written": …, …}."""
+        allowed_s = self._timeout_s if timeout_s is None else timeout_s
+        fields = {"shard": shard, "timeout_ms": min(max(1.0, 800 * allowed_s), 60_000.0)}
+        reply = await self._call("repair", fields, allowed_s)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
     async def recommend(
         self,
         user_id: int,
@@ -949,6 +957,7 @@ class BlockingClient:
     maintenance = _blocking(Client.maintenance)
     shards = _blocking(Client.shards)
     failover = _blocking(Client.failover)
+    repair = _blocking(Client.repair)
     recommend = _blocking(Client.recommend)
     similar = _blocking(Client.similar)
     search = _blocking(Client.search)

@@ -1,4 +1,4 @@
-"""`gmco shards`, `gmco failover`: who holds and leads which shard, and making another node lead."""
+"""`gmco shards`, `gmco failover`, `gmco repair`: who holds and leads which shard, another leader, replicas compared."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+import gmco
 from admin import show
 from admin.terminal import (
     DEFAULT_NODES,
+    EXIT_NOT_COMPARED,
     EXIT_REFUSED,
+    EXIT_USAGE,
     Nodes,
     Output,
     OutputOption,
@@ -25,6 +28,7 @@ from admin.terminal import (
 def add_to(app: typer.Typer) -> None:
     app.command("shards", help="Who holds and who leads each shard.")(shards)
     app.command("failover", help="Make another node lead a shard.")(failover)
+    app.command("repair", help="Compare a shard's replicas, and repair what differs.")(repair)
 
 
 def shards(urls: Nodes = DEFAULT_NODES, output: OutputOption = Output.TABLE, timeout: Timeout = 5.0) -> None:
@@ -44,7 +48,7 @@ def shards_table(replicas: list[dict[str, Any]]) -> Table:
     for row in replicas:
         by_shard.setdefault(row["shard"], []).append(row)
     table = Table(header_style="bold")
-    for name in ("shard", "primary", "epoch", "log", "items", "users", "replicas"):
+    for name in ("shard", "primary", "epoch", "log", "items", "users", "replicas", "compared"):
         table.add_column(
             name, justify="right" if name in ("shard", "epoch", "log", "items", "users") else "left"
         )
@@ -66,6 +70,7 @@ def shards_table(replicas: list[dict[str, Any]]) -> Table:
             str(newest["items"]),
             str(newest["users"]),
             others,
+            leader.get("repair", "") if leader else "",
         )
     return table
 
@@ -128,3 +133,71 @@ def _say(done: dict[str, Any], output: Output, text: str) -> None:
         show.print_json(done)
     else:
         show.out.print(text, markup=False, highlight=False)
+
+
+def repair(
+    shard: Annotated[
+        int | None, typer.Argument(min=0, metavar="SHARD", help="Which one; left out with --all.")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All shards, one after the other.")] = False,
+    urls: Nodes = DEFAULT_NODES,
+    output: OutputOption = Output.TABLE,
+    timeout: Timeout = 30.0,
+) -> None:
+    """Compared at one place of the log, by the primary; what differs is repaired, and compared again.
+
+    Exit code 8: a replica could not be compared. 4: some still differ. The time is for each shard.
+    """
+    if (shard is None) is not all_:
+        fail("bad_usage", "give a SHARD, or --all", EXIT_USAGE)
+
+    async def work(client: gmco.Client) -> list[dict[str, Any]]:
+        wanted = range((await client.status())["shard_count"]) if shard is None else [shard]
+        return [await _repair_one(client, one, timeout) for one in wanted]
+
+    found = with_client(node_urls(urls), timeout, work)
+    if output is Output.JSON:
+        show.print_json(found)
+    else:
+        show.out.print(repair_table(found))
+    if any(one["problem"] or not _COMPARED.issuperset(one["replicas"].values()) for one in found):
+        raise typer.Exit(EXIT_NOT_COMPARED)
+    if not all(one["equal"] for one in found):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+_COMPARED = frozenset(["equal", "repaired", "differs"])
+_DONE = ("written", "taken", "mended", "dropped", "set_aside", "lost")
+
+
+async def _repair_one(client: gmco.Client, shard: int, timeout_s: float) -> dict[str, Any]:
+    try:
+        return await client.repair(shard, timeout_s=timeout_s)
+    except gmco.Unavailable as error:
+        if error.code not in ("no_primary", "no_lease"):
+            raise
+        # This shard has no primary now; others can be compared.
+        none = dict.fromkeys((*_DONE, "rounds", "buckets", "epoch", "sequence"), 0)
+        problem = f"{error.code}: {error.message}"
+        return {"shard": shard, "primary": "", "replicas": {}, **none, "equal": False, "problem": problem}
+
+
+def repair_table(found: list[dict[str, Any]]) -> Table:
+    """One row for each shard: what its replicas were, and what was done."""
+    table = Table(header_style="bold")
+    for name in ("shard", "primary", "at", "replicas", "done"):
+        table.add_column(name, justify="right" if name in ("shard", "at") else "left")
+    for one in found:
+        states = Text(", ").join(
+            Text(f"{name} {state}", style="green" if state in ("equal", "repaired") else "red")
+            for name, state in sorted(one["replicas"].items())
+        )
+        done = ", ".join(f"{one[name]} {name.replace('_', ' ')}" for name in _DONE if one[name])
+        table.add_row(
+            str(one["shard"]),
+            one["primary"],
+            str(one["sequence"]),
+            Text(one["problem"], style="red") if one["problem"] else states,
+            done or "nothing",
+        )
+    return table

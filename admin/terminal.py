@@ -15,7 +15,7 @@ from admin.load import BadRowError, first_cause
 from admin.sources import SourceError
 
 EXIT_OURS, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_REFUSED, EXIT_BAD_ROW = 1, 2, 3, 4, 5
-EXIT_NOT_FOUND, EXIT_TIMEOUT, EXIT_INTERRUPTED = 6, 7, 130
+EXIT_NOT_FOUND, EXIT_TIMEOUT, EXIT_NOT_COMPARED, EXIT_INTERRUPTED = 6, 7, 8, 130
 
 T = TypeVar("T")
 

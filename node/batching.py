@@ -29,7 +29,13 @@ class OfferItem(NamedTuple):
     records: Sequence[Record]
 
 
-Item = WriteItem | OfferItem
+class AgainItem(NamedTuple):
+    """Records as this replica has them, which others lack."""
+
+    records: Sequence[Record]
+
+
+Item = WriteItem | OfferItem | AgainItem
 
 
 class Written(NamedTuple):
@@ -56,7 +62,7 @@ def make(replica: Replica, items: Sequence[Item], epoch: int, now_ns: int) -> Ma
     results: list[Written | Exception] = []
     for item in items:
         try:
-            results.append(maker.write(item) if isinstance(item, WriteItem) else maker.offer(item.records))
+            results.append(maker.make(item))
         except IndexingError as error:
             results.append(NodeError(error.code, str(error), error.retry_after_ms))
         except NodeError as error:
@@ -70,6 +76,16 @@ class _Maker:
         self.rows = self.deduplicated = 0
         # A retry may wait in the same batch as its first try.
         self._here: dict[bytes, int] = {}
+
+    def make(self, item: Item) -> Written:
+        """Raises NodeError, IndexingError."""
+        match item:
+            case WriteItem():
+                return self.write(item)
+            case OfferItem(records):
+                return self.offer(records)
+            case AgainItem(records):
+                return self.again(records)
 
     def write(self, item: WriteItem) -> Written:
         changes, write_id = item
@@ -109,6 +125,14 @@ class _Maker:
         for record in again:
             self.batch.add_again(record)
         return Written(self._end(), len(again), aside)
+
+    def again(self, records: Sequence[Record]) -> Written:
+        """Those that are still the newest here: what is newer is in the log and comes to all by itself."""
+        fresh = [one for one in records if self.replica.version_of(one.kind, one.id) == one.version]
+        self._take_room(sum(record.operation is Operation.PUT for record in fresh))
+        for record in fresh:
+            self.batch.add_again(record)
+        return Written(self._end(), len(fresh))
 
     def _take_room(self, rows: int) -> None:
         self.replica.check_room(self.rows + rows)

@@ -131,6 +131,16 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RepairConfig:
+    """How this node's primaries compare their shards with the other replicas (docs/replication.md)."""
+
+    # Between two comparisons of one shard, when something was written meanwhile; 0: only on demand.
+    every_s: float = field(default=600.0, metadata={"range": (0, 10 * 365 * 86_400)})
+    # What a repair writes, sends or drops at most.
+    records_per_s: int = field(default=1_000, metadata={"range": (1, 1_000_000)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
@@ -146,6 +156,7 @@ class Config:
     gossip: GossipSettings = GossipSettings()
     storage: StorageConfig = field(default_factory=StorageConfig)
     limits: LimitsConfig = LimitsConfig()
+    repair: RepairConfig = RepairConfig()
     log: LogConfig = LogConfig()
     warnings: tuple[str, ...] = ()
 

@@ -30,6 +30,7 @@ from node.layouts import Layouts, disk_sizes
 from node.links import Links
 from node.local import LocalNode
 from node.members import Members
+from node.mending import Mending
 from node.mover import Mover
 from node.offering import Offering
 from node.operations import Operations
@@ -37,8 +38,10 @@ from node.orders import Orders
 from node.peerlink import PeerLimits, PeerListener
 from node.promises import Promises
 from node.publishing import Publisher
+from node.rebuilding import Rebuilding
 from node.registers import open_register
 from node.remote import coded, handlers
+from node.repairer import Repairer
 from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
 from node.snapshots import Snapshots
@@ -248,10 +251,19 @@ class Daemon:
         await parts.supervisor.start(kept, name="promises")
         parts.promises = kept
         parts.holdings = Holdings(
-            self._config, directory.path, directory.identity.node_id, kept, parts.supervisor, parts.links
-        )
+            self._config, directory.path, directory.identity.node_id, kept, parts.supervisor, parts.links,
+            lambda shard: self._others_vote(placements, shard),
+        )  # fmt: skip
         await self._open_shards(placements, notifier)
         await self._start(placements, stack)
+
+    def _others_vote(self, placements: InForce, shard: int) -> bool:
+        """Whether others can stand in for our replica of that shard: somebody else leads it, or it is kept by several."""
+        if self._parts.members.primary(shard) not in ("", self._name):
+            return True
+        layout = self._parts.layout
+        several = layout is not None and layout.replication > 1 and len(layout.members) > 1
+        return several and shard in placements and len(placements[shard].voters) > 1
 
     async def _take_part(self, directory: DataDirectory, layout: Layout, placements: InForce) -> None:
         """From here on this node has a part in what follows the layout. Raises StorageError, OSError."""
@@ -317,7 +329,11 @@ class Daemon:
         failover = parts.failover = Failover(
             self._name, shards, parts.promises, links, on_change=publisher.tell_shards
         )
-        steering = parts.steering = Steering(parts.members, links, shards, failover)
+        looking = ThreadRunner("repair")
+        repairer = parts.repairer = Repairer(self._name, shards, links, config.repair, looking)
+        mending = Mending(self._name, shards, looking).handlers() | {"repair": repairer.on_repair}
+        self._handlers |= {op: coded(handler) for op, handler in mending.items()}
+        steering = parts.steering = Steering(parts.members, links, shards, failover, repairer)
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
         await supervisor.start(failover, name="failover")
@@ -340,6 +356,9 @@ class Daemon:
         await supervisor.start(mover, name="mover")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
+        await supervisor.start(repairer, name="repairer")
+        parts.rebuilding = Rebuilding(holdings, failover, self._name, links.connected)
+        await supervisor.start(parts.rebuilding, name="rebuilding")
         cluster = GossipCluster(
             parts.members, placements, local, links, shards, holdings.replicators, parts.flags, duty.rests
         )

@@ -26,7 +26,10 @@ from node.promises import Promises
 from node.replicator import Replicator
 from node.shard import ShardActor
 from node.supervisor import Supervisor
+from storage.anew import begin_anew, damaged_paths
+from storage.attempts import ENDED_MAX, Attempts
 from storage.config import StorageConfig
+from storage.errors import DamagedError
 from storage.files import fsync_directory
 from storage.installing import Installing
 from storage.replica import Replica
@@ -34,6 +37,10 @@ from storage.replica import Replica
 log = structlog.get_logger(__name__)
 
 OPENING_AT_ONCE = 2
+
+
+def _nobody(_shard: int) -> bool:
+    return False
 
 
 class Holdings:
@@ -47,7 +54,9 @@ class Holdings:
         promises: Promises,
         supervisor: Supervisor,
         links: Links,
+        others: Callable[[int], bool] = _nobody,
     ) -> None:
+        """others: whether that shard has other voters than this node's, who can stand in for a replica that is damaged."""
         self.actors: dict[int, ShardActor] = {}
         self.replicators: dict[int, Replicator] = {}
         # Called when the set of replicas has changed.
@@ -59,9 +68,15 @@ class Holdings:
         self._config, self._directory, self._node_id = config, directory, node_id
         self._promises, self._supervisor, self._links = promises, supervisor, links
         self._threads: dict[int, DedicatedThread] = {}
-        self._limit = trio.CapacityLimiter(OPENING_AT_ONCE)
+        # One by one after a process has ended while it opened some: then it is known which.
+        troubled = any(directory.glob("shard-*.opening"))
+        self._limit = trio.CapacityLimiter(1 if troubled else OPENING_AT_ONCE)
         self._maintenance = ThreadRunner("maintenance")
         self._lock = trio.Lock()
+        self._others = others
+        # shard → its founders, for when it is opened again.
+        self._founders: dict[int, Sequence[str]] = {}
+        self.counters = {"rebuilt": 0}
 
     def path(self, shard: int) -> Path:
         return self._directory / f"shard-{shard:03}"
@@ -70,7 +85,7 @@ class Holdings:
         """Shards that have a directory here, whoever has asked for them."""
         found = [path.name.removeprefix("shard-") for path in self._directory.glob("shard-*")]
         # A crash may have left one that was about to take another's place, or the other.
-        names = {name.removesuffix(".new").removesuffix(".old") for name in found}
+        names = {name.removesuffix(".new").removesuffix(".old").partition(".damaged-")[0] for name in found}
         return sorted(int(name) for name in names if name.isdigit())
 
     def removed(self, shard: int) -> bool:
@@ -87,17 +102,19 @@ class Holdings:
         ]
 
     async def open(self, shard: int, founders: Sequence[str]) -> ShardActor:
-        """Recovers what is on the disk, or begins anew; not started yet. Raises StorageError, OSError."""
-        replica = await trio.to_thread.run_sync(
-            partial(
-                _open,
-                self.path(shard),
-                shard=shard,
-                node_id=self._node_id,
-                config=self._config.storage,
-            ),
-            limiter=self._limit,
-        )
+        """Recovers what is on the disk, or begins anew; not started yet. What is damaged is moved aside when other voters can
+        stand in for it, and a new replica begun. Raises StorageError, OSError."""
+        self._founders[shard] = founders
+        ended = Attempts(self.path(shard)).ended
+        if ended >= ENDED_MAX and self._others(shard):
+            await self._begin_anew(shard, f"{ended} processes in a row ended while they opened it")
+        try:
+            replica = await self._recover(shard)
+        except DamagedError as error:
+            if not self._others(shard):
+                raise
+            await self._begin_anew(shard, str(error))
+            replica = await self._recover(shard)
         thread = DedicatedThread(f"wal-{shard}")
         try:
             promised, owes = await self._promised(replica)
@@ -114,9 +131,29 @@ class Holdings:
         except BaseException:
             replica.abort()
             raise
+        actor.blank = not replica.position.sequence and bool(damaged_paths(self.path(shard)))
         self._threads[shard], self.actors[shard] = thread, actor
         log.info("recovered", shard=shard, **asdict(replica.recovery))
         return actor
+
+    async def _recover(self, shard: int) -> Replica:
+        opening = partial(
+            _open, self.path(shard), shard=shard, node_id=self._node_id, config=self._config.storage
+        )
+        return await trio.to_thread.run_sync(opening, limiter=self._limit)
+
+    async def _begin_anew(self, shard: int, reason: str) -> None:
+        """`one-copy-stays` of docs/storage.md: the caller has made sure that other voters have what this one had."""
+        begin = partial(
+            begin_anew, self.path(shard), shard=shard, segment_bytes=self._config.storage.wal_segment_bytes
+        )
+        done = await trio.to_thread.run_sync(begin, limiter=self._limit)
+        self.counters["rebuilt"] += 1
+        log.error(
+            "damaged replica moved aside", shard=shard, reason=reason, aside=str(done.aside), lost=done.lost,
+            side_files=done.side_files, records=done.records,
+            what="a new replica is rebuilt from the others; look at the disk, and remove what was moved aside",
+        )  # fmt: skip
 
     async def _promised(self, replica: Replica) -> tuple[int, bool]:
         """What this replica has promised, and whether it may be bound by a lease. Of one that cannot know what it promised, a
@@ -153,17 +190,24 @@ class Holdings:
                 self.changed()
             return self.actors[shard]
 
-    async def drop(self, shard: int) -> None:
-        """Stops it and removes its files. The caller has made sure that no placement needs it."""
+    async def rebuild(self, shard: int, failover: Failover) -> None:
+        """In the place of a replica that is damaged, and does not lead, a new one is begun, started, and learns from the others.
+        The caller has made sure that they can do without it."""
         async with self._lock:
-            actor = self.actors.pop(shard, None)
-            if actor is not None:
-                # As in `bring`.
-                with trio.CancelScope(shield=True):
-                    await self._drop(actor)
+            actor = self.actors.get(shard)
+            if actor is None:
+                return
+            # As in `bring`.
+            with trio.CancelScope(shield=True):
+                await self._stop(shard)
+                await self._begin_anew(shard, actor.harmed)
+                await self.open(shard, self._founders.get(shard, ()))
+                await self.start(shard, failover)
+                self.changed()
 
-    async def _drop(self, actor: ShardActor) -> None:
-        shard = actor.shard
+    async def _stop(self, shard: int) -> None:
+        """Its actors have ended and its files are closed, as a crash would leave them."""
+        actor = self.actors.pop(shard)
         self.replicators.pop(shard, None)
         self.fetcher.pace(shard, None)
         self.changed()
@@ -173,13 +217,22 @@ class Holdings:
         thread = self._threads.pop(shard)
         await thread(actor.replica.abort)
         await thread.aclose()
-        await trio.to_thread.run_sync(self._remove, shard)
-        log.info("replica removed", shard=shard)
+
+    async def drop(self, shard: int) -> None:
+        """Stops it and removes its files. The caller has made sure that no placement needs it."""
+        async with self._lock:
+            if shard in self.actors:
+                # As in `bring`.
+                with trio.CancelScope(shield=True):
+                    await self._stop(shard)
+                    await trio.to_thread.run_sync(self._remove, shard)
+                log.info("replica removed", shard=shard)
 
     def _remove(self, shard: int) -> None:
         # A name that is no shard's first: half of a directory must not be taken for a replica. The name stays, for `removed`.
         path, gone = self.path(shard), self._gone(shard)
-        shutil.rmtree(gone, ignore_errors=True)
+        for left in (gone, *damaged_paths(path)):
+            shutil.rmtree(left, ignore_errors=True)
         Installing(path).clear()
         path.rename(gone)
         fsync_directory(self._directory)
@@ -203,5 +256,10 @@ class Holdings:
 
 def _open(directory: Path, *, shard: int, node_id: str, config: StorageConfig) -> Replica:
     """After what a crash may have left of another's taking its place."""
-    Installing(directory).recover()
-    return Replica.open(directory, shard=shard, node_id=node_id, config=config)
+    attempts = Attempts(directory)
+    attempts.begin()
+    try:
+        Installing(directory).recover()
+        return Replica.open(directory, shard=shard, node_id=node_id, config=config)
+    finally:
+        attempts.end()

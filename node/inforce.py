@@ -6,7 +6,6 @@ comes later asks the others. What changes a placement in force calls `put`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import structlog
 import trio
 
+from node import checked
 from node.links import Links
 from node.members import Members
 from node.peerlink import PeerError
@@ -79,7 +79,7 @@ def load(path: Path, *, cluster: str, shard_count: int) -> InForce | None:
     except FileNotFoundError:
         return None
     try:
-        fields = json.loads(data)
+        fields = checked.decode(data)
         version, owner = fields["format"], fields["cluster"]
         if version != FORMAT:
             raise FormatError(f"{path} has format {version}, this build knows {FORMAT}")
@@ -96,7 +96,7 @@ def load(path: Path, *, cluster: str, shard_count: int) -> InForce | None:
 def save(path: Path, placements: InForce, *, cluster: str) -> None:
     """Durable when it returns. Raises OSError."""
     fields = {"format": FORMAT, "cluster": cluster, "placements": placements.pack()}
-    write_atomically(path, json.dumps(fields).encode() + b"\n")
+    write_atomically(path, checked.encode(fields))
 
 
 async def find(

@@ -16,7 +16,7 @@ from node.shard import ShardActor
 from router.ports import Answers, NodeError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
 from router.requests import Session
 from router.ring import shard_of
-from storage.errors import StorageError
+from storage.errors import DamagedError, StorageError
 from storage.records import Kind
 
 RETRY_AFTER_MS = 50
@@ -59,6 +59,8 @@ class LocalNode:
             actor = self._shards.get(shard)
             if actor is None:
                 failed[shard] = "unavailable"
+            elif actor.unreadable:
+                failed[shard] = actor.unreadable
             elif shard not in failed:
                 replicas.append(actor.replica)
         try:
@@ -74,6 +76,9 @@ class LocalNode:
         except LaneTimeoutError as error:
             raise NodeError("deadline_exceeded", str(error)) from error
         failed |= reply.failed
+        for shard, code in reply.failed.items():
+            if code == DamagedError.code and shard in self._shards:
+                self._shards[shard].harm(DamagedError(f"shard-{shard:03}", None, "a search found it"))
         age_ms = self._age_ms([shard for shard in shards if shard not in failed])
         return SearchReply(reply.ids, reply.scores, reply.metadata, failed, age_ms)
 
@@ -118,11 +123,15 @@ class LocalNode:
         actor = self._shards.get(shard)
         if actor is None:
             return "unavailable"
+        if actor.unreadable:
+            return actor.unreadable
         if shard in behind:
             return behind[shard]
         try:
             row = actor.replica.get(kind, id_)
         except StorageError as error:
+            if isinstance(error, DamagedError):
+                actor.harm(error)
             return error.code
         if row is None:
             return None

@@ -216,8 +216,10 @@ class Mover:
         epoch, primary = actor.hint
         link = await self._links.add(name)
         replica = await link.call("bring", [actor.shard, epoch, primary], CALL_S)
+        if type(replica) is not int:
+            raise RemoteError("bad_answer", f"{name} sent what is no replica's id: {replica!r:.40}")
         self.counters["brought"] += 1
-        self._brought.setdefault(actor.shard, {})[name] = int(replica)
+        self._brought.setdefault(actor.shard, {})[name] = replica
         reached("move.after_bring")
 
     async def _dismiss(self, actor: ShardActor) -> None:

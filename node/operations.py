@@ -23,6 +23,7 @@ from router.operating import (
     Maintenance,
     Moves,
     Operating,
+    Repair,
     Shards,
     Status,
 )
@@ -51,6 +52,8 @@ class Operations:
                 return self.shards()
             case FailOver():
                 return self._steering().apply(request)
+            case Repair():
+                return self._steering().repair(request)
             case Cluster():
                 return self._layouts.handle(request)
             case Moves():

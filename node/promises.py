@@ -15,7 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from node.blocking import Runner
 from node.commit import GroupCommit
-from storage.errors import DamagedError, FormatError
+from storage.errors import FormatError, StorageError
 from storage.files import write_atomically
 
 FORMAT = 1
@@ -25,21 +25,33 @@ _MAGIC = b"GMCOPROM"
 Known = dict[int, tuple[int, int]]
 
 
+class DamagedPromisesError(StorageError):
+    """The file is not what was written."""
+
+    code = "damaged"
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path} is damaged: {reason}; what this node's replicas have promised is lost. Remove the file: each replica then "
+            "gets a new id, and votes again when a primary has let it in; not on several nodes at once"
+        )
+
+
 def load(path: Path) -> Known:
-    """Empty when there is none yet. Raises DamagedError, FormatError, OSError."""
+    """Empty when there is none yet. Raises DamagedPromisesError, FormatError, OSError."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return {}
     if data[:8] != _MAGIC or xxh3_64_intdigest(data[16:]).to_bytes(8, "little") != data[8:16]:
-        raise DamagedError(path, None, "its checksum does not match")
+        raise DamagedPromisesError(path, "its checksum does not match")
     try:
         version, entries = msgpack.unpackb(data[16:], strict_map_key=False)
         if version != FORMAT:
             raise FormatError(f"{path} has format {version}, this build knows {FORMAT}")
         return {int(shard): (int(replica), int(epoch)) for shard, (replica, epoch) in entries.items()}
     except (ValueError, TypeError, AttributeError, OverflowError, msgpack.UnpackException) as error:
-        raise DamagedError(path, None, f"it is not a list of promises: {error}") from error
+        raise DamagedPromisesError(path, f"it is not a list of promises: {error}") from error
 
 
 def save(path: Path, known: Mapping[int, tuple[int, int]]) -> None:

@@ -46,7 +46,7 @@ from router.ports import (
     WriteReply,
 )
 from router.requests import Session
-from storage.errors import StorageError
+from storage.errors import DamagedError, StorageError
 from storage.records import Kind, Operation, RecordError, split
 from storage.view import ClassConstraint
 
@@ -188,6 +188,8 @@ def handlers(
         try:
             return (await actor.serve_pull(peer, asked)).body()
         except StorageError as error:
+            if isinstance(error, DamagedError):
+                actor.harm(error)
             raise RemoteError(error.code, str(error)) from error
 
     async def offer(peer: str, body: Any) -> Any:

@@ -36,6 +36,8 @@ BACKOFF_S = (0.02, 0.5)
 ASK_AROUND_S = 0.2
 # Between two tries to catch up by a snapshot; the lesser when it is only not our turn.
 SNAPSHOT_BACKOFF_S = (0.5, 15.0)
+# How old the data of a replica is taken to be that has none yet: older than that of any other.
+BLANK_MS = 86_400_000
 
 
 class Replicator:
@@ -58,6 +60,8 @@ class Replicator:
         self.behind = 0
         # How old our data may have been at `_heard`. Before the primary is heard we only know when we wrote last.
         self._old_ms = int(actor.idle_s() * 1000)
+        # Its log was empty when it was opened, and it has not been level since: it may lack anything.
+        self._blank = actor.replica.position.sequence == 0
         self._heard = trio.current_time()
         self._named = EMPTY  # our last record as pulls name it; the disk is asked once after a start
         # The newest stamp of the primary that we follow, and in which epoch it was sent.
@@ -66,12 +70,20 @@ class Replicator:
     @property
     def state(self) -> str:
         """In words; a snapshot that is being fetched with how far it is."""
+        actor = self._actor
+        if actor.leads:
+            return "leading"  # also before the loop has noticed
+        if self._state in ("primary silent", "no primary") and actor.disowned:
+            # Nobody is to be waited for when it is the only one.
+            return "no vote: its promises were lost; a primary lets it in again, or gmco failover --force"
         return str(self.transfer) if self._state == "fetching" else self._state
 
     @property
     def age_ms(self) -> int:
         """How old this replica's data may be: its lag when it last heard the primary, and the time since."""
-        return 0 if self._actor.leads else self._old_ms + self._silent_ms
+        if self._actor.leads:
+            return 0
+        return max(self._old_ms, BLANK_MS * self._blank) + self._silent_ms
 
     @property
     def lag_ms(self) -> int:
@@ -79,9 +91,9 @@ class Replicator:
         if self._actor.leads:
             return 0
         return replication.follower_lag_ms(
-            following=self.state == "following",
+            following=self.state == "following" and not self._blank,
             behind=self.behind,
-            old_ms=self._old_ms,
+            old_ms=max(self._old_ms, BLANK_MS * self._blank),
             silent_ms=self._silent_ms,
         )
 
@@ -118,6 +130,12 @@ class Replicator:
             except (PeerOverloadedError, PeerTooLargeError) as error:
                 self._say(f"stuck: {error.code}", str(error))
                 await self._back_off()
+            except DamagedError as error:
+                # Our log cannot be read where the primary asks for it.
+                if not actor.harm(error):
+                    raise
+                self._say("damaged", str(error))
+                await trio.sleep_forever()
             except ReplicaStoppedError as error:
                 # Never again into the dark: the process stops, loudly, through the supervisor.
                 raise DamagedError(f"shard-{actor.shard:03}", None, str(error)) from error
@@ -127,6 +145,7 @@ class Replicator:
 
     async def _rest(self) -> None:
         self._state = "leading"
+        self._level()
         self.behind = self._old_ms = 0
         self._echo = None
         while self._actor.leads:
@@ -154,6 +173,9 @@ class Replicator:
         self._actor.diverged = True
         log.error("diverged", shard=self._actor.shard, primary=primary, reason=reason)
         await trio.sleep_forever()
+
+    def _level(self) -> None:
+        self._blank = self._actor.blank = False
 
     def _say(self, state: str, reason: str) -> None:
         if state != self._state:
@@ -257,6 +279,8 @@ class Replicator:
         self._state = "following"
         self.behind = max(0, answer.primary_last - actor.replica.position.sequence)
         self._old_ms = answer.lag_ms if self.behind else 0
+        if not self.behind:
+            self._level()
         self._heard = heard
 
     # -- by a snapshot --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from node import batching, placement
-from node.batching import Item, OfferItem, WriteItem, Written
+from node.batching import AgainItem, Item, OfferItem, WriteItem, Written
 from node.blocking import Runner
 from node.commit import CommitStoppedError, GroupCommit
 from node.election import Effect, Election, ElectionConfig, Role
@@ -27,7 +27,7 @@ from node.upkeep import Upkeep
 from router.ports import Change, NodeError
 from storage.batch import Batch
 from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError, StorageError
-from storage.records import HEADER_BYTES, Kind, Mark, Operation, Record, Version
+from storage.records import HEADER_BYTES, Kind, Mark, Operation, Record, Version, decode
 from storage.replica import Replica
 from storage.side import SideFile
 from storage.tombstones import encode_floor
@@ -47,6 +47,8 @@ class Reign:
 
     epoch: int
     progress: Progress
+    # The sequence of the record that opened it.
+    began: int
     ended: str = ""
     # Where everybody's log ended who has pulled in this epoch and matched, learners and strangers included.
     heard: dict[str, int] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class ShardActor:
         self._log_runner = log_runner
         self._now_ns = now_ns
         self._writing = trio.Lock()
-        self.upkeep = Upkeep(replica, maintenance_runner, self._writing)
+        self.upkeep = Upkeep(replica, maintenance_runner, self._writing, self.harm)
         self._queue_max = queue_max
         self._commit = self._new_commit()
         self._waiting_bytes = 0
@@ -88,6 +90,10 @@ class ShardActor:
         self._stopped = False
         # Set for good by the replicator: our log and the primary's differ where they must not.
         self.diverged = False
+        # What is damaged in our replica, which others can stand in for: it answers no reads until it has been rebuilt.
+        self.harmed = ""
+        # Begun in the place of a damaged one, and not level yet: that something is not here says nothing.
+        self.blank = False
         self._newest_ns = 0
         self._broke = trio.Event()
         self._moved = trio.Event()
@@ -140,10 +146,30 @@ class ShardActor:
         """Who leads, as far as we know; empty when we do not."""
         return self.name if self.reign is not None else self.hint[1]
 
+    @property
+    def disowned(self) -> bool:
+        """Our log names this node as a voter, and with another replica than ours: what that one had promised is not known."""
+        return not self.founding and self.name in self.placement.names and self.name not in self._voters()
+
     def idle_s(self) -> float:
         """Since the last record was logged, by the primaries' wall clocks; 0 in an empty log."""
         logged_ns = self.replica.logged_ns
         return max(0, self._now_ns() - logged_ns) / 1e9 if logged_ns else 0.0
+
+    def harm(self, error: DamagedError) -> bool:
+        """Something in our replica is damaged. False: ours is the only copy, so nobody can stand in for it."""
+        if len(self.placement.names) < 2 and self.name in self.placement.names:
+            return False
+        if not self.harmed:
+            self.harmed = str(error)
+            log.error("replica damaged", shard=self.shard, reason=str(error))
+            self._tell()
+        return True
+
+    @property
+    def unreadable(self) -> str:
+        """The code with which reads of this replica are refused; empty: they are not."""
+        return DamagedError.code if self.harmed else "unavailable" if self.blank else ""
 
     async def changed(self) -> None:
         """Returns at the next change: leading or not, hint, placement, an acknowledgement, an echo."""
@@ -230,7 +256,7 @@ class ShardActor:
             self._apply(batch.records)
             if not self._elected(epoch):
                 return False
-            self.reign = Reign(epoch, progress)
+            self.reign = Reign(epoch, progress, batch.records[0].sequence)
             progress.durable(self.replica.position.sequence, trio.current_time())
         self.hear_of(epoch, self.name)
         self._tell()
@@ -290,18 +316,30 @@ class ShardActor:
     async def offer(self, records: Sequence[Record], timeout_s: float) -> Sequence[Record]:
         """Takes records of a tail again, returns when they are on a quorum. Those of ids that may have been purged are not taken
         but returned, and kept in the quarantine here. Raises NodeError."""
+        written = await self._take_again(OfferItem(records), timeout_s)
+        return written.aside
+
+    async def again(self, records: Sequence[Record], timeout_s: float) -> None:
+        """Writes records that we have and others lack again, as they are; returns when they are on a quorum. Raises NodeError."""
+        await self._take_again(AgainItem(records), timeout_s)
+
+    async def _take_again(self, item: OfferItem | AgainItem, timeout_s: float) -> Written:
         deadline = trio.current_time() + timeout_s
         await self._leased(deadline)
         written: Written | None = None
         with trio.move_on_at(deadline):
-            written = await self._submit(OfferItem(records))
+            written = await self._submit(item)
         if written is None:
             raise unknown(f"shard {self.shard} did not get the offered records to disk in time")
         if written.aside:
-            log.error("quarantined", shard=self.shard, ids=[record.id for record in written.aside][:20])
-            await self._log_runner(self.replica.quarantine, written.aside)
+            await self.put_aside(written.aside)
         await self.acknowledged(written.at, "quorum", deadline)
-        return written.aside
+        return written
+
+    async def put_aside(self, records: Sequence[Record]) -> None:
+        """Into the quarantine, durably. Raises StorageError."""
+        log.error("quarantined", shard=self.shard, ids=[record.id for record in records][:20])
+        await self._log_runner(self.replica.quarantine, records)
 
     async def _leased(self, deadline: float) -> None:
         until = min(deadline, trio.current_time() + LEASE_WAIT_S)
@@ -356,17 +394,25 @@ class ShardActor:
         floor = self.replica.purge_point(
             min(reign.progress.reached("all"), *learners, self.replica.position.sequence)
         )
-        if floor is None:
+        if floor is None or not await self.mark(Mark.PURGE, encode_floor(floor), reign):
             return False
-        async with self._writing:
-            if self.reign is not reign or not self.election.may_acknowledge(trio.current_time()):
-                return False
-            batch = Batch(reign.epoch, self.replica.position.sequence, max(self._now_ns(), self._newest_ns))
-            batch.add_mark(Mark.PURGE, encode_floor(floor))
-            await self._append(batch, 0)
-            self._apply(batch.records)
         log.info("purged", shard=self.shard, floor=floor)
         return True
+
+    async def mark(self, mark: Mark, metadata: bytes = b"", only: Reign | None = None) -> Version | None:
+        """As primary: where that mark stands in the log, on our disk; None when we lead no more, or no more in `only`. Raises
+        StorageError."""
+        async with self._writing:
+            reign = self.reign
+            if reign is None or (only or reign) is not reign:
+                return None
+            if not self.election.may_acknowledge(trio.current_time()):
+                return None
+            batch = Batch(reign.epoch, self.replica.position.sequence, max(self._now_ns(), self._newest_ns))
+            place = batch.add_mark(mark, metadata)
+            await self._append(batch, 0)
+            self._apply(batch.records)
+            return place
 
     async def _submit(self, item: Item) -> Written:
         """Bounded in bytes as well as in items: a few large requests must not take all memory."""
@@ -495,8 +541,12 @@ class ShardActor:
         if self.replica.position.sequence > after:
             data = self.replica.read_log(after, pull.max_bytes)
         now = trio.current_time()
+        lag_ms = reign.progress.lag_ms(after, now)
+        if data and after < reign.began:
+            # When that was written is not remembered; the record says it.
+            lag_ms = max(lag_ms, (self._now_ns() - decode(data).timestamp_ns) // 1_000_000)
         # What the log's thread has just made durable may be in `data` before the loop has applied it.
-        return Streamed(reign.epoch, now, self.replica.logged, reign.progress.lag_ms(after, now), data)
+        return Streamed(reign.epoch, now, self.replica.logged, lag_ms, data)
 
     def _heartbeat(self, follower: str, pull: Pull, reign: Reign) -> Streamed:
         """For one that fetches a snapshot. This answer binds it to our epoch, so its echo keeps our lease; what it holds it has
@@ -592,6 +642,18 @@ class ShardActor:
         """A record that was put aside elsewhere: its row, which our cut tail had left here, goes. Whether there was one."""
         async with self._writing:
             return self.replica.drop_row(kind, id_, version)
+
+    async def mend(self, records: Sequence[Record]) -> int:
+        """The content that another replica has under the same versions takes the place of ours, which goes into the quarantine
+        when it is intact, too. How many there were. Raises StorageError."""
+        mended = 0
+        for record in records:
+            intact = self.replica.copies(record.kind, [record.id])
+            if intact:
+                await self.put_aside(intact)
+            async with self._writing:
+                mended += self.replica.mend(record)
+        return mended
 
     async def wait_applied(self, epoch: int, sequence: int, timeout_s: float) -> bool:
         """Whether this replica has applied (epoch, sequence) within `timeout_s`.

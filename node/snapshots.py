@@ -98,6 +98,8 @@ class Snapshots:
         try:
             return await self._make(peer, actor, actor.reign.epoch, Version(epoch, sequence))
         except StorageError as error:
+            if isinstance(error, DamagedError):
+                actor.harm(error)
             raise NodeError(error.code, str(error), RETRY_MS) from error
         finally:
             self._begun -= 1

@@ -24,6 +24,8 @@ from node.mover import Mover
 from node.offering import Offering
 from node.orders import Orders
 from node.promises import Promises
+from node.rebuilding import Rebuilding
+from node.repairer import Repairer
 from node.replicator import Replicator
 from node.server import AppServer
 from node.shard import ShardActor
@@ -60,6 +62,8 @@ class Parts:
     orders: Orders | None = None
     snapshots: Snapshots | None = None
     mover: Mover | None = None
+    repairer: Repairer | None = None
+    rebuilding: Rebuilding | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
@@ -179,6 +183,7 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "role": "primary" if actor.leads else "replica",
         "primary": actor.primary,
         "voters": list(actor.placement.names),
+        "votes": actor.placement.is_voter(parts.name, replica.replica_id),
         "epoch": replica.position.epoch,
         "sequence": replica.position.sequence,
         "items": replica.view.alive_rows,
@@ -191,13 +196,21 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "engine": parts.config.storage.engine,
         "lag": follower.behind if follower else 0,
         "lag_ms": follower.lag_ms if follower else 0,
-        "state": follower.state if follower else "starting",
+        "state": "damaged" if actor.harmed else follower.state if follower else "starting",
+        "damaged": actor.harmed,
         "snapshot": follower.transfer.figures() if follower else None,
         "learners": [name for name, _ in actor.placement.learners],
         "target": list(parts.mover.target(actor)) if parts.mover and actor.leads else [],
         "layout": parts.layout.version if parts.layout else 0,
         "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
+        "repair": _repair(parts, actor),
     }
+
+
+def _repair(parts: Parts, actor: ShardActor) -> str:
+    """What came of the last comparison, if this node leads and has made one."""
+    report = parts.repairer.reports.get(actor.shard) if parts.repairer else None
+    return str(report) if report is not None and actor.leads else ""
 
 
 def _counters(parts: Parts) -> dict[str, Any]:
@@ -208,6 +221,8 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "elections": dict(parts.failover.counters) if parts.failover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},
         "snapshots": _snapshots(parts),
+        "repair": dict(parts.repairer.counters) if parts.repairer else {},
+        "rebuilt": parts.holdings.counters["rebuilt"] if parts.holdings else 0,
         "writes": _sum([actor.counters for actor in parts.shards.values()]),
         "gossip": asdict(parts.agent.statistics()),
         "crashes": sum(one.crashes for one in parts.supervisor.statistics()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import structlog
@@ -12,14 +12,16 @@ from node.failover import Failover
 from node.links import Links
 from node.members import Members
 from node.peerlink import PeerError, RemoteError
+from node.repairer import Repairer
 from node.shard import ShardActor
 from router.errors import RequestError, known
-from router.operating import FailOver
+from router.operating import FailOver, Repair
 from router.ports import NodeError
 
 log = structlog.get_logger(__name__)
 
 TIMEOUT_S = 10.0
+Handler = Callable[[str, Any], Awaitable[dict[str, Any]]]
 CALL_S = 2.0
 # So far above every epoch that is known to anybody a forced one is, that those who come back follow it.
 FORCED_ABOVE = 1_000
@@ -29,9 +31,14 @@ class Steering:
     """Answers `failover` for the whole cluster; peers ask each other by the op of the same name."""
 
     def __init__(
-        self, members: Members, links: Links, shards: Mapping[int, ShardActor], failover: Failover
+        self,
+        members: Members,
+        links: Links,
+        shards: Mapping[int, ShardActor],
+        failover: Failover,
+        repairer: Repairer,
     ) -> None:
-        self._members, self._links = members, links
+        self._members, self._links, self._repairer = members, links, repairer
         self._shards, self._failover = shards, failover
 
     async def apply(self, request: FailOver) -> dict[str, Any]:
@@ -39,12 +46,23 @@ class Steering:
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else TIMEOUT_S
         node = request.to if request.force else await self._leader(request.shard)
         body = [request.shard, request.to, request.force, request.confirmed, int(timeout_s * 1000)]
+        return await self._ask(node, "failover", self.handle_peer, body, timeout_s)
+
+    async def repair(self, request: Repair) -> dict[str, Any]:
+        """By whoever leads the shard. Raises RequestError."""
+        timeout_s = request.timeout_ms / 1000 if request.timeout_ms else TIMEOUT_S
+        body = [request.shard, int(timeout_s * 1000)]
+        node = await self._leader(request.shard)
+        return await self._ask(node, "repair", self._repairer.on_repair, body, timeout_s)
+
+    async def _ask(
+        self, node: str, op: str, here: Handler, body: list[Any], timeout_s: float
+    ) -> dict[str, Any]:
         try:
             if node == self._members.own.name:
-                found: dict[str, Any] = await self.handle_peer(node, body)
-            else:
-                link = await self._links.add(node)
-                found = await link.call("failover", body, timeout_s + CALL_S)
+                return await here(node, body)
+            link = await self._links.add(node)
+            found: dict[str, Any] = await link.call(op, body, timeout_s + CALL_S)
         except (RemoteError, NodeError) as error:
             raise RequestError(known(error.code), error.message) from error
         except PeerError as error:

@@ -5,6 +5,7 @@ One at a time, in threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +31,11 @@ class Upkeep:
     `replica` is replaced by whoever holds both.
     """
 
-    def __init__(self, replica: Replica, runner: Runner, writing: trio.Lock) -> None:
+    def __init__(
+        self, replica: Replica, runner: Runner, writing: trio.Lock, harm: Callable[[DamagedError], bool]
+    ) -> None:
+        """harm: told of damage; whether somebody sees to it."""
+        self._harm = harm
         self.replica, self._runner, self._writing = replica, runner, writing
         self.jobs = trio.Lock()
 
@@ -47,8 +52,11 @@ class Upkeep:
                     if replica.compaction_due():
                         await self._compact()
                 more = await self._runner(replica.engine.build, replica.view, BUILD_STEP_S)
-            except DamagedError:
-                raise
+            except DamagedError as error:
+                if not self._harm(error):
+                    raise
+                # Until the replica is rebuilt nothing more is made of it.
+                await trio.sleep_forever()
             except (DiskFullError, ReplicaStoppedError) as error:
                 # Nothing is lost: the log holds everything. Try again when there may be room.
                 log.warning(

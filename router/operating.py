@@ -60,6 +60,14 @@ class FailOver:
     timeout_ms: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """The shard's replicas are compared, and what differs is repaired."""
+
+    shard: int
+    timeout_ms: float | None
+
+
 ClusterAction = Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"]
 
 
@@ -105,7 +113,9 @@ class Maintenance:
     timeout_ms: float | None
 
 
-Operating = Status | Events | ForgetNode | Keyring | Shards | FailOver | Cluster | Moves | Maintenance
+Operating = (
+    Status | Events | ForgetNode | Keyring | Shards | FailOver | Repair | Cluster | Moves | Maintenance
+)
 STATUS = Status()
 
 
@@ -167,6 +177,11 @@ def _fail_over(fields: dict[str, Any]) -> FailOver:
     if raw.confirmed and not raw.force:
         raise RequestError("bad_request", "only force is to be confirmed", "confirmed")
     return FailOver(raw.shard, raw.to, raw.force, raw.confirmed, raw.timeout_ms)
+
+
+def _repair(fields: dict[str, Any]) -> Repair:
+    raw = shapes.convert(fields, shapes.RepairFields)
+    return Repair(raw.shard, raw.timeout_ms)
 
 
 # What each action of `cluster` needs, and what it may have besides.
@@ -264,6 +279,7 @@ PARSERS: dict[str, Callable[[dict[str, Any]], Operating]] = {
     "keyring": _keyring,
     "shards": _shards,
     "failover": _fail_over,
+    "repair": _repair,
     "cluster": _cluster,
     "moves": _moves,
     "maintenance": _maintenance,

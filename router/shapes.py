@@ -132,6 +132,11 @@ class FailOverFields(Struct, forbid_unknown_fields=True, kw_only=True):
     timeout_ms: Timeout = None
 
 
+class RepairFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    shard: Annotated[int, Meta(ge=0, lt=65_536)]
+    timeout_ms: Timeout = None
+
+
 Place = Annotated[str, Meta(max_length=64)] | None
 
 

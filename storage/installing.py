@@ -63,6 +63,12 @@ class Installing:
                 self._rename(self.old, self.directory)
             raise
 
+    def swap_aside(self, aside: Path) -> None:
+        """What is in `fetch` takes the place of a replica that keeps lying at `aside`."""
+        self._rename(self.fetch, self.new)
+        self._rename(self.directory, aside)
+        self._rename(self.new, self.directory)
+
     def swap_back(self) -> None:
         """The new one did not open: the old one has its place again."""
         self._rename(self.directory, self.fetch)

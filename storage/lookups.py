@@ -30,7 +30,7 @@ def get(table: Table, space: Space, id: int) -> Row | None:
         if entry is None:
             return None
         if not entries.intact(id, entry):
-            raise _entry_damaged(table, space.kind, id)
+            raise entry_damaged(table, space.kind, id)
         fields = entries.unpack(entry)
         if not fields.alive:
             return None
@@ -48,7 +48,7 @@ def version_of(table: Table, space: Space, id: int) -> Version | None:
     if entry is None:
         return None
     if not entries.intact(id, entry):
-        raise _entry_damaged(table, space.kind, id)
+        raise entry_damaged(table, space.kind, id)
     return Version(*entries.VERSION.unpack_from(entry, entries.VERSION_OFFSET))
 
 
@@ -73,5 +73,6 @@ def metadata(table: Table, space: Space, ids: Sequence[int]) -> list[bytes | Non
     return out
 
 
-def _entry_damaged(table: Table, kind: Kind, id: int) -> DamagedError:
+def entry_damaged(table: Table, kind: Kind, id: int) -> DamagedError:
+    """The error that says so."""
     return DamagedError(table.path, None, f"checksum of the entry of {kind_id(kind, id)} does not match")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from heapq import merge
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from storage import lookups, opening, snapshot
+from storage import buckets, lookups, opening, snapshot
+from storage.buckets import Digested, Digests, Seen
 from storage.bulk import Columns, columns
 from storage.checkpoint import CheckpointJob
 from storage.compaction import CompactionJob
@@ -32,12 +33,13 @@ from storage.index.base import Engine
 from storage.lookups import Row
 from storage.marks import column_parts, parts
 from storage.quarantine import Quarantine
-from storage.records import EMPTY, Fingerprint, Kind, Operation, Record, Version, fingerprint
+from storage.records import EMPTY, Fingerprint, Kind, Mark, Operation, Record, Version, fingerprint
 from storage.replaying import Replay
 from storage.saved_graph import SavedGraph
 from storage.side import SideFile, SideFiles
 from storage.space import Space, WriteRows, space_figures
 from storage.table import Table, TableState
+from storage.tombstones import decode_floor
 from storage.view import ShardView, Statistics
 from storage.write_ids import WriteIds
 
@@ -81,6 +83,8 @@ class Replica:
         # Who → the first sequence that the log is to keep for it, however old. Changed by the writer.
         self.log_holds: dict[str, int] = {}
         self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0, "cuts": 0}
+        # The bucket digests at the log's last DIGEST marks.
+        self.digested = Digested()
         self._graph = SavedGraph(parts.directory)
         self.engine: Engine = make_engine(config)
         self.view: ShardView
@@ -404,6 +408,7 @@ class Replica:
             space.layers = ({}, {})
         self._sides.afloat |= versions
         self.position, self._epochs = last, epochs
+        self.digested.cut(last.sequence)
         self.unsaved_bytes = self._pending_rows = 0
         self._note_checkpoint(state)
 
@@ -553,6 +558,30 @@ class Replica:
         """256 XOR digests of entries, by the low byte of the id; equal on replicas that hold the same."""
         return tuple(self._spaces[kind].buckets)
 
+    def _digests(self) -> Digests:
+        return {kind: self.bucket_digests(kind) for kind in self._spaces}
+
+    def listing(
+        self, kind: Kind, wanted: Collection[int], after: int, limit: int
+    ) -> tuple[dict[int, Seen], int]:
+        """As `buckets.listing`."""
+        return buckets.listing(self._table, self._spaces[kind], wanted, after, limit)
+
+    def copies(self, kind: Kind, ids: Sequence[int]) -> list[Record]:
+        """As `buckets.copies`; from any thread."""
+        return buckets.copies(self._table, self._spaces[kind], ids)
+
+    def mend(self, record: Record) -> bool:
+        """The entry of that very version gets the record's content; False: there is none. On the loop, nothing is appended
+        meanwhile; durable with the next checkpoint. Raises DiskFullError, ReplicaStoppedError, DamagedError."""
+        self._check_running()
+        space = self._spaces[record.kind]
+        space.file.ensure(space.rows + self._pending_rows + 1)
+        mended = buckets.mend(self._table, space, record)
+        if mended:
+            self._publish()
+        return mended
+
     def close(self) -> None:
         """Checkpoint, graph, seal, files. When the disk refuses, what the log has is replayed at the next open."""
         self._abandon_jobs()
@@ -628,13 +657,13 @@ class Replica:
 
     def take_logged(self, records: Columns, write: WriteRows) -> None:
         """Replay's part of `apply`: the log has these already, and no view is published. Raises DiskFullError."""
-        for part, floor in column_parts(records):
+        for part, mark in column_parts(records):
             for kind, space in self._spaces.items():
                 mine = part.of(kind)
                 if len(mine):
                     space.file.ensure(space.rows + len(mine))
                     space.apply_columns(mine, self._table, write)
-            self._purge(floor)
+            self._take_mark(mark)
         for mark in records.of(Kind.NONE).records():
             self._epochs.mark(mark)
         head = records.headers
@@ -647,13 +676,13 @@ class Replica:
             return
         self._check_running()
         try:
-            for part, floor in parts(records):
+            for part, mark in parts(records):
                 for kind, space in self._spaces.items():
                     mine = [record for record in part if record[6] is kind]
                     if mine:
                         with self._table.lookup(kind) as lookup:
                             space.apply(mine, lookup)
-                self._purge(floor)
+                self._take_mark(mark)
         except StorageError as error:
             self._stop(error)
             raise
@@ -667,11 +696,16 @@ class Replica:
         puts = sum(record[5] is Operation.PUT for record in records)
         self._pending_rows = max(0, self._pending_rows - puts)
 
-    def _purge(self, floor: Version | None) -> None:
-        if floor is not None:
-            self.purge_floor = max(self.purge_floor, floor)
-            for space in self._spaces.values():
-                space.purge(self.purge_floor)
+    def _take_mark(self, mark: Record | None) -> None:
+        """What a PURGE or DIGEST mark does at its place."""
+        if mark is None:
+            return
+        if mark.id == Mark.DIGEST:
+            self.digested.note(Version(mark.epoch, mark.sequence), self._digests())
+            return
+        self.purge_floor = max(self.purge_floor, decode_floor(mark.metadata))
+        for space in self._spaces.values():
+            space.purge(self.purge_floor)
 
     def _advance(self, epochs: Sequence[int], sequences: Sequence[int]) -> None:
         self._epochs.advance(self.position.epoch, epochs, sequences)

@@ -92,7 +92,7 @@ class SideFiles:
         """Removes what a crash left half-written. Raises DamagedError, FormatError, ForeignDataError."""
         self._directory, self._shard = directory, shard
         (directory / _TEMPORARY).unlink(missing_ok=True)
-        self._files = [self._open(path) for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+        self._files = [self._open(path) for path in side_paths(directory)]
         # Versions of records that were cut and are not in the log again, though their rows may have stayed.
         self.afloat: set[tuple[int, int]] = set()
 
@@ -175,25 +175,35 @@ class SideFiles:
         raise AssertionError
 
     def _open(self, path: Path) -> SideFile:
-        size = path.stat().st_size - _HEADER.size - _END.size
-        if size < 0:
-            raise DamagedError(path, None, "it is shorter than a side file")
-        digest = xxh3_64()
-        with path.open("rb") as file:
-            magic, version, shard, check = _HEADER.unpack(file.read(_HEADER.size))
-            if magic != _MAGIC or _header(shard, version)[16:] != check.to_bytes(8, "little"):
-                raise DamagedError(path, 0, "its header's checksum does not match")
-            if version != FORMAT_VERSION:
-                raise FormatError(f"{path} has format version {version}; this build knows {FORMAT_VERSION}")
-            if shard != self._shard:
-                raise ForeignDataError(f"{path} is of shard {shard}, not of shard {self._shard}")
-            for block in _blocks(file.read, size):
-                digest.update(block)
-            end = file.read(_END.size)
-        records = _END.unpack(end)[1]
-        if end != _end_mark(records, digest.intdigest()):
-            raise DamagedError(path, None, "its checksum does not match")
-        return SideFile(self, path, records, size)
+        return SideFile(self, path, *verify(path, self._shard))
+
+
+def side_paths(directory: Path) -> list[Path]:
+    """Of the side files there, whole or not."""
+    return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+
+
+def verify(path: Path, shard: int) -> tuple[int, int]:
+    """A side file's records, and their bytes. Raises DamagedError, FormatError, ForeignDataError, OSError."""
+    size = path.stat().st_size - _HEADER.size - _END.size
+    if size < 0:
+        raise DamagedError(path, None, "it is shorter than a side file")
+    digest = xxh3_64()
+    with path.open("rb") as file:
+        magic, version, found, check = _HEADER.unpack(file.read(_HEADER.size))
+        if magic != _MAGIC or _header(found, version)[16:] != check.to_bytes(8, "little"):
+            raise DamagedError(path, 0, "its header's checksum does not match")
+        if version != FORMAT_VERSION:
+            raise FormatError(f"{path} has format version {version}; this build knows {FORMAT_VERSION}")
+        if found != shard:
+            raise ForeignDataError(f"{path} is of shard {found}, not of shard {shard}")
+        for block in _blocks(file.read, size):
+            digest.update(block)
+        end = file.read(_END.size)
+    records = _END.unpack(end)[1]
+    if end != _end_mark(records, digest.intdigest()):
+        raise DamagedError(path, None, "its checksum does not match")
+    return records, size
 
 
 def carry(paths: Iterable[Path], directory: Path) -> None:

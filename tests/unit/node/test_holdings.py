@@ -17,13 +17,16 @@ from node.holdings import Holdings
 from node.promises import Promises
 from node.shard import ShardActor
 from node.supervisor import Supervisor
+from storage.errors import DamagedError
 from storage.records import Version
 from tests.unit.node.peers import on_trio
 from tests.unit.node.voters import CONFIG, change, leading, running
 
 
 @asynccontextmanager
-async def opened(path: Path, founders: tuple[str, ...] = ("a", "b", "c")) -> AsyncIterator[ShardActor]:
+async def opened(
+    path: Path, founders: tuple[str, ...] = ("a", "b", "c"), *, others: bool = False
+) -> AsyncIterator[ShardActor]:
     config = SimpleNamespace(
         storage=CONFIG, node=SimpleNamespace(name="a"), limits=SimpleNamespace(write_queue=100)
     )
@@ -32,7 +35,7 @@ async def opened(path: Path, founders: tuple[str, ...] = ("a", "b", "c")) -> Asy
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             await nursery.start(kept.run)
-            holdings = Holdings(config, path, "a", kept, None, None)  # type: ignore[arg-type]
+            holdings = Holdings(config, path, "a", kept, None, None, lambda _shard: others)  # type: ignore[arg-type]
             yield await holdings.open(0, founders)
             await holdings.close(lambda shard: None)
             nursery.cancel_scope.cancel()
@@ -128,3 +131,38 @@ async def test_what_was_removed_is_not_begun_anew_at_the_next_start(tmp_path: Pa
         assert holdings.on_disk() == []
         await holdings.bring(0, failover)
         assert not holdings.removed(0)
+
+
+@on_trio
+async def test_a_damaged_replica_is_begun_anew_only_when_others_vote(tmp_path: Path) -> None:
+    async with running(tmp_path, keep=True) as actor:
+        await actor.write([change(1)], "primary", b"1" * 16, 2.0)
+        before = actor.replica.replica_id
+    (rows,) = (tmp_path / "shard-000").glob("items-*.f16")
+    data = bytearray(rows.read_bytes())
+    data[4096] ^= 1
+    rows.write_bytes(data)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with opened(tmp_path):
+            pass
+    assert isinstance(caught.value.exceptions[0], DamagedError)
+    assert not (tmp_path / "shard-000.damaged-1").exists()
+    async with opened(tmp_path, others=True) as actor:
+        assert actor.replica.replica_id != before
+        assert actor.replica.position == Version(0, 0)
+        assert actor.unreadable == "unavailable", "that something is not here says nothing"
+    assert (tmp_path / "shard-000.damaged-1").is_dir()
+
+
+@on_trio
+async def test_one_at_which_processes_end_again_and_again_is_begun_anew(tmp_path: Path) -> None:
+    async with running(tmp_path, keep=True) as actor:
+        await actor.write([change(1)], "primary", b"1" * 16, 2.0)
+    marker = tmp_path / "shard-000.opening"
+    for ended, anew in ((b"..", False), (b"...", True)):
+        marker.write_bytes(ended)
+        async with opened(tmp_path, others=True) as actor:
+            assert actor.blank is anew
+        assert not marker.exists()
+    async with opened(tmp_path, others=False) as actor:
+        assert actor.replica.position == Version(0, 0)

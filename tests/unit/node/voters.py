@@ -14,14 +14,16 @@ import trio
 
 from node import promises
 from node.blocking import DedicatedThread, InlineRunner, ThreadRunner
-from node.config import Address
+from node.config import Address, RepairConfig
 from node.election import ElectionConfig
 from node.failover import Failover
 from node.local import LocalNode
+from node.mending import Mending
 from node.peerlink import PeerGoneError, PeerLink, PeerListener
 from node.promises import Promises
 from node.pulls import Answer, Pull
-from node.remote import RemoteNode, handlers
+from node.remote import RemoteNode, coded, handlers
+from node.repairer import Repairer
 from node.replicator import Replicator
 from node.shard import ShardActor
 from router.layout import Placement
@@ -208,6 +210,7 @@ class Site:
         self.failover: Failover
         self.promises: Promises
         self.replicator: Replicator
+        self.repairer: Repairer
         self.local: LocalNode
         self.remote: dict[str, RemoteNode] = {}
         self._scope = trio.CancelScope()
@@ -250,7 +253,15 @@ class Site:
                     self.failover = Failover(self.name, {0: actor}, self.promises, self.links)  # type: ignore[arg-type]
                     self.replicator = Replicator(actor, self.links, Random(self.name))  # type: ignore[arg-type]
                     self.local = LocalNode({0: actor}, {0: self.replicator}, None, 1)  # type: ignore[arg-type]
+                    looking = ThreadRunner("repair")
+                    self.repairer = Repairer(
+                        self.name, {0: actor}, self.links, RepairConfig(every_s=0), looking  # type: ignore[arg-type]
+                    )  # fmt: skip
                     answers = {
+                        **{
+                            op: coded(handler)
+                            for op, handler in Mending(self.name, {0: actor}, looking).handlers().items()
+                        },
                         **handlers(self.local, {0: actor}, dict),
                         "elect": lambda peer, body: self.failover.on_peer(peer, body),
                     }
