@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 from storage.records import Version
 
+# Far above what elections reach, and with room above it: epochs are u64 in logs and messages.
+EPOCH_MAX = 1 << 60
 # So much longer the others wait for a shard's first voter to open its first epoch.
 FOUNDING_S = 5.0
 # So much longer a reluctant voter waits, on top of the lease that all wait for.
@@ -314,6 +316,8 @@ class Election:
             return []
         if candidacy.asking:
             candidacy.asking, candidacy.yes = False, set()
+            # Who waits for a lesser promise will not be told of this one: it is ours.
+            self._promise_to = None
             self.seen = max(self.seen, candidacy.epoch)
             return self._persist(candidacy.epoch)
         self.role, self.epoch, self.primary = Role.PRIMARY, candidacy.epoch, self.name
@@ -339,7 +343,8 @@ class Election:
             return self._on_refuse(message, now)
         if self.name not in self.voters or message.released < max(self.epoch, self.promised):
             return []
-        return self._stand(now, released=message.released)
+        effects = self._step_down(f"{sender} hands over", now) if self.role is Role.PRIMARY else []
+        return effects + self._stand(now, released=message.released)
 
     def _on_stand(self, sender: str, stand: Stand, now: float) -> list[Effect]:
         refusal = self._why_not(stand, now)

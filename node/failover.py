@@ -14,6 +14,7 @@ import trio
 
 from node.commit import CommitStoppedError, OverloadedError
 from node.election import (
+    EPOCH_MAX,
     Ask,
     Effect,
     Lead,
@@ -44,9 +45,6 @@ MESSAGES_MAX = 4_096
 # A handed-over shard should have its new primary after two round trips and two fsyncs.
 HAND_OVER_S = 3.0
 POLL_S = 0.02
-
-# Far above what elections reach, and with room above it: epochs are u64 in logs and messages.
-EPOCH_MAX = 1 << 60
 
 
 class _Leads(NamedTuple):
@@ -106,7 +104,8 @@ class Failover:
             while True:
                 now = trio.current_time()
                 for actor in list(self._shards.values()):
-                    if now >= actor.election.next_deadline:
+                    # One whose bytes were changed at rest may vote by where its log ends, and not lead with what it holds.
+                    if now >= actor.election.next_deadline and (actor.leads or not actor.diverged):
                         self.act(actor, actor.election.on_timer(now))
                 await trio.sleep(TICK_S)
         raise AssertionError("unreachable")

@@ -34,6 +34,8 @@ from storage.errors import StorageError
 log = structlog.get_logger(__name__)
 
 EVERY_S = 0.5
+# While a shard that we lead is on its way.
+MOVING_EVERY_S = 0.1
 CALL_S = 30.0
 # Replicas that may come to a node at the same time, and go from it.
 IN_MAX = 2
@@ -85,7 +87,7 @@ class Mover:
                 except (PeerError, NodeError, StorageError, KeyError, OSError) as error:
                     self.counters["failed"] += 1
                     self._say(actor.shard, f"failed, tried again: {error}")
-            await trio.sleep(EVERY_S)
+            await trio.sleep(MOVING_EVERY_S if self.stages else EVERY_S)
 
     def _say(self, shard: int, stage: str) -> None:
         if self.stages.get(shard, "") != stage:
@@ -95,11 +97,6 @@ class Mover:
     def _alive(self, name: str) -> bool:
         known = self._members.get(name)
         return name == self._members.own.name or (known is not None and known.alive)
-
-    def _holds(self, shard: int, name: str) -> bool:
-        """False only when it says what it holds, and that shard is not in it."""
-        known = self._members.get(name)
-        return known is None or not known.tells_shards or any(one.shard == shard for one in known.held)
 
     async def _look(self) -> None:
         """Who is there; which rates of moves to here, and whether a drain of this node, are over."""
@@ -146,6 +143,11 @@ class Mover:
 
         return stand_ins(layout, actor.shard, absent, may, actor.placement.holders)
 
+    def _holds(self, shard: int, name: str) -> bool:
+        """False only when it says what it holds, and that shard is not in it."""
+        known = self._members.get(name)
+        return known is None or not known.tells_shards or any(one.shard == shard for one in known.held)
+
     def _others(self, actor: ShardActor) -> int:
         """Replicas of the other shards that we lead on their way: they take what they lack from us."""
         return sum(
@@ -170,11 +172,15 @@ class Mover:
 
     async def _step(self, actor: ShardActor) -> None:
         target = self.target(actor)
+        brought = self._brought.get(actor.shard, {})
+        for name in set(brought).difference(target).union(set(brought).intersection(actor.placement.holders)):
+            # It is not wished any more, so it may be dismissed; or has its place.
+            del brought[name]
         sight = Sight(
             self._members.own.name,
             self._alive,
             actor.is_level,
-            self._brought.get(actor.shard, {}),
+            brought,
             partial(self._holds, actor.shard),
             self._duty.rests,
             self._first_is_fit(actor, target),
@@ -204,8 +210,10 @@ class Mover:
         epoch, primary = actor.hint
         link = await self._links.add(name)
         replica = await link.call("bring", [actor.shard, epoch, primary], CALL_S)
+        if type(replica) is not int:
+            raise RemoteError("bad_answer", f"{name} sent what is no replica's id: {replica!r:.40}")
         self.counters["brought"] += 1
-        self._brought.setdefault(actor.shard, {})[name] = int(replica)
+        self._brought.setdefault(actor.shard, {})[name] = replica
         reached("move.after_bring")
 
     async def _dismiss(self, actor: ShardActor) -> None:

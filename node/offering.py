@@ -15,7 +15,7 @@ import trio
 from node.blocking import Runner
 from node.commit import OverloadedError
 from node.links import Links
-from node.peerlink import PeerError
+from node.peerlink import PeerError, RemoteError
 from node.shard import ShardActor
 from router.ports import NodeError
 from storage.errors import StorageError
@@ -80,4 +80,9 @@ class Offering:
             records = await actor.offer([record for _, record in split(data)], CALL_S)
             return [(one.kind, one.id, one.version) for one in records]
         answer = await self._links[primary].call("offer", [actor.shard, data, int(CALL_S * 1000)], CALL_S)
-        return [(Kind(kind), int(id_), Version(*version)) for kind, id_, version in answer]
+        try:
+            return [(Kind(kind), int(id_), Version(*version)) for kind, id_, version in answer]
+        except (TypeError, ValueError) as error:
+            raise RemoteError(
+                "bad_answer", f"{primary} sent what is no answer to an offer: {error}"
+            ) from error

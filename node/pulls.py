@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from node.election import EPOCH_MAX
 from node.replication import Fork
 from storage.records import Fingerprint, Version
 
@@ -47,7 +48,7 @@ def read_pull(body: Any) -> Pull:
     named = Fingerprint(_number(at), _number(sequence), _number(check))
     bounds = min(_number(max_bytes), BYTES_MAX), min(_number(wait_ms), WAIT_MS_MAX)
     stamp = None if echo is None else _stamp(echo)
-    return Pull(_number(shard), _number(replica), _number(epoch), _number(promised), named, stamp, *bounds)
+    return Pull(_number(shard), _number(replica), _epoch(epoch), _epoch(promised), named, stamp, *bounds)
 
 
 def _number(value: Any) -> int:
@@ -57,6 +58,13 @@ def _number(value: Any) -> int:
     if value < 0:
         raise ValueError(f"{value} is below 0")
     return value
+
+
+def _epoch(value: Any) -> int:
+    """One that a higher one can follow. Raises TypeError, ValueError."""
+    if _number(value) >= EPOCH_MAX:
+        raise ValueError(f"{value} is no epoch")
+    return int(value)
 
 
 def _stamp(value: Any) -> float:
@@ -107,7 +115,7 @@ Answer = Streamed | Forked | NotPrimary
 def read_answer(body: Any) -> Answer:
     """Raises TypeError, ValueError."""
     kind, epoch, *rest = body
-    epoch = _number(epoch)
+    epoch = _epoch(epoch)
     if kind == STREAM:
         stamp, last, lag_ms, records = rest
         if type(records) is not bytes:

@@ -70,6 +70,12 @@ class Replicator:
     @property
     def state(self) -> str:
         """In words; a snapshot that is being fetched with how far it is."""
+        actor = self._actor
+        if actor.leads:
+            return "leading"  # also before the loop has noticed
+        if self._state in ("primary silent", "no primary") and actor.disowned:
+            # Nobody is to be waited for when it is the only one.
+            return "no vote: its promises were lost; a primary lets it in again, or gmco failover --force"
         return str(self.transfer) if self._state == "fetching" else self._state
 
     @property

@@ -27,7 +27,7 @@ from node.upkeep import Upkeep
 from router.ports import Change, NodeError
 from storage.batch import Batch
 from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError, StorageError
-from storage.records import HEADER_BYTES, Kind, Mark, Operation, Record, Version
+from storage.records import HEADER_BYTES, Kind, Mark, Operation, Record, Version, decode
 from storage.replica import Replica
 from storage.side import SideFile
 from storage.tombstones import encode_floor
@@ -47,6 +47,8 @@ class Reign:
 
     epoch: int
     progress: Progress
+    # The sequence of the record that opened it.
+    began: int
     ended: str = ""
     # Where everybody's log ended who has pulled in this epoch and matched, learners and strangers included.
     heard: dict[str, int] = field(default_factory=dict)
@@ -143,6 +145,11 @@ class ShardActor:
     def primary(self) -> str:
         """Who leads, as far as we know; empty when we do not."""
         return self.name if self.reign is not None else self.hint[1]
+
+    @property
+    def disowned(self) -> bool:
+        """Our log names this node as a voter, and with another replica than ours: what that one had promised is not known."""
+        return not self.founding and self.name in self.placement.names and self.name not in self._voters()
 
     def idle_s(self) -> float:
         """Since the last record was logged, by the primaries' wall clocks; 0 in an empty log."""
@@ -249,7 +256,7 @@ class ShardActor:
             self._apply(batch.records)
             if not self._elected(epoch):
                 return False
-            self.reign = Reign(epoch, progress)
+            self.reign = Reign(epoch, progress, batch.records[0].sequence)
             progress.durable(self.replica.position.sequence, trio.current_time())
         self.hear_of(epoch, self.name)
         self._tell()
@@ -534,8 +541,12 @@ class ShardActor:
         if self.replica.position.sequence > after:
             data = self.replica.read_log(after, pull.max_bytes)
         now = trio.current_time()
+        lag_ms = reign.progress.lag_ms(after, now)
+        if data and after < reign.began:
+            # When that was written is not remembered; the record says it.
+            lag_ms = max(lag_ms, (self._now_ns() - decode(data).timestamp_ns) // 1_000_000)
         # What the log's thread has just made durable may be in `data` before the loop has applied it.
-        return Streamed(reign.epoch, now, self.replica.logged, reign.progress.lag_ms(after, now), data)
+        return Streamed(reign.epoch, now, self.replica.logged, lag_ms, data)
 
     def _heartbeat(self, follower: str, pull: Pull, reign: Reign) -> Streamed:
         """For one that fetches a snapshot. This answer binds it to our epoch, so its echo keeps our lease; what it holds it has

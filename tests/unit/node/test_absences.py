@@ -72,6 +72,7 @@ class Shard:
             lambda name: name not in self.dead,
             lambda name: name not in self.dead and self.now >= self.level_at.get(name, 0.0),
             self.brought,
+            lambda _name: True,
         )
         step = next_step(self.placement, target, sight)
         if isinstance(step, Bring):

@@ -394,3 +394,21 @@ def test_who_votes_alone_is_never_reluctant() -> None:
     one.reluctant = True
     one.on_stream("a", 2, 10.0)
     assert one.next_deadline < 10.0 + 1.5 * L
+
+
+def test_a_promise_that_was_given_up_for_an_own_candidacy_is_told_to_nobody() -> None:
+    one = replica()
+    assert one.on_message("a", Stand(2, END), 10.0) == [Persist(2)]  # and the disk is slow
+    (ask, *_) = [effect.message for effect in one.on_timer(20.0) if isinstance(effect, Tell)]
+    assert isinstance(ask, Ask)
+    assert one.on_message("c", Would(ask.epoch), 20.0) == [Persist(ask.epoch)]
+    one.on_stream("c", ask.epoch, 20.1)  # it was faster
+    assert one.on_persisted(ask.epoch, 20.2) == [], (
+        "a's log was compared for another epoch, and we are bound now"
+    )
+
+
+def test_a_primary_to_which_a_later_one_hands_over_steps_down_first() -> None:
+    one = elected()
+    effects = one.on_message("c", Succeed(7), 10.1)
+    assert effects[0] == StepDown(2, "c hands over")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from node.election import Ask, Refuse, Tell, Would
 from node.failover import Failover
 from node.placement import Placement
+from node.replicator import Replicator
 from node.shard import ShardActor
 from router.ports import NodeError
 from storage.batch import Batch
@@ -196,6 +198,17 @@ async def test_a_candidate_claims_only_what_is_on_its_disk(tmp_path: Path) -> No
             refuse.set()
 
 
+@on_trio
+async def test_a_replica_whose_log_is_not_to_be_trusted_does_not_stand(tmp_path: Path) -> None:
+    async with running(tmp_path, ("a", "b", "c")) as actor:
+        actor.diverged = True
+        actor.act(actor, actor.election.on_leader(9, trio.current_time()))
+        deadline = actor.election.next_deadline
+        await trio.sleep(deadline - trio.current_time() + 0.3)
+        assert not actor.leads
+        assert actor.election.next_deadline == deadline, "nor has it tried"
+
+
 async def settle(actor: ShardActor) -> None:
     assert actor.reign is not None
     actor.election.on_echo("c", trio.current_time())
@@ -223,6 +236,10 @@ async def test_the_only_voter_whose_promises_are_gone_writes_again_when_it_is_fo
     async with running(tmp_path, lead=False) as actor:
         await trio.sleep(0.3)
         assert not actor.leads, "it cannot know what it has promised"
+        follower = Replicator(actor, {}, Random(1))  # type: ignore[arg-type]
+        assert "no vote" not in follower.state
+        follower._state = "primary silent"
+        assert "no vote" in follower.state, "and says so"
         actor.act(actor, actor.election.force(1_001, trio.current_time()))
         await leading(actor)
         await actor.write([change(2)], "primary", b"2" * 16, 2.0)

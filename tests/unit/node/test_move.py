@@ -127,7 +127,8 @@ def test_every_move_ends_changes_one_voter_at_a_time_and_keeps_a_majority(
 
 
 def sighted(*, rests: str = "", dead: str = "", level: str = "abcdef", first: bool = False) -> Sight:
-    return Sight("a", lambda n: n not in dead, lambda n: n in level, {}, lambda n: n in rests, first)
+    alive = lambda n: n not in dead  # noqa: E731
+    return Sight("a", alive, lambda n: n in level, {}, lambda _n: True, lambda n: n in rests, first)
 
 
 def test_who_rests_leads_only_while_nobody_else_can() -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import trio
 
+from node.config import ClusterConfig
 from node.mover import Mover
 from node.shard import ShardActor
 from tests.unit.node.peers import on_trio
@@ -32,7 +33,7 @@ async def test_a_replica_with_records_that_nobody_else_may_have_is_not_removed(t
     async with running(tmp_path, ("a", "b", "c")) as actor:
         held = Held(actor)
         members = SimpleNamespace(own=SimpleNamespace(name="a"))
-        mover = Mover(held, None, members, None, lambda shard: ())  # type: ignore[arg-type]
+        mover = Mover(held, None, members, None, lambda: None, None, ClusterConfig())  # type: ignore[arg-type]
         actor.election.on_echo("b", trio.current_time())
         await actor.write([change(1)], "primary", b"1" * 16, 2.0)
         assert not await mover.on_dismiss("b", [0, 9]), "it leads"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node.election import EPOCH_MAX
 from node.pulls import (
     BYTES_MAX,
     FORK,
@@ -27,15 +28,16 @@ from node.replication import Fork
 from storage.records import Fingerprint, Version
 
 U64 = st.integers(0, (1 << 64) - 1)
+EPOCHS = st.integers(0, EPOCH_MAX - 1)
 TIMES = st.floats(allow_nan=False, allow_infinity=False)
 PULLS = st.builds(
-    Pull, U64, U64, U64, U64, st.builds(Fingerprint, U64, U64, U64), st.none() | TIMES,
+    Pull, U64, U64, EPOCHS, EPOCHS, st.builds(Fingerprint, U64, U64, U64), st.none() | TIMES,
     st.integers(0, BYTES_MAX), st.integers(0, WAIT_MS_MAX),
 )  # fmt: skip
 ANSWERS = st.one_of(
-    st.builds(Streamed, U64, TIMES, U64, U64, st.binary(max_size=50)),
-    st.builds(Forked, U64, TIMES, st.builds(Fork, st.builds(Version, U64, U64))),
-    st.builds(NotPrimary, U64, st.text(max_size=20)),
+    st.builds(Streamed, EPOCHS, TIMES, U64, U64, st.binary(max_size=50)),
+    st.builds(Forked, EPOCHS, TIMES, st.builds(Fork, st.builds(Version, U64, U64))),
+    st.builds(NotPrimary, EPOCHS, st.text(max_size=20)),
 )
 RUBBISH = st.recursive(
     st.none() | st.booleans() | U64 | st.integers(-5, -1) | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
@@ -94,3 +96,11 @@ def test_a_stamp_is_a_time(stamp: object) -> None:
         read_answer([STREAM, 1, stamp, 0, 0, b""])
     with pytest.raises(TypeError):
         read_pull([0, 1, 1, 1, [0, 0, 0], stamp, 10, 10])
+
+
+def test_an_epoch_has_a_higher_one() -> None:
+    """A primary stands above the epoch that a pull names; beyond u64 it could neither promise nor tell it."""
+    with pytest.raises(ValueError, match="no epoch"):
+        read_pull([0, 1, 1, (1 << 64) - 1, [0, 0, 0], None, 10, 10])
+    with pytest.raises(ValueError, match="no epoch"):
+        read_answer([NOT_PRIMARY, (1 << 64) - 1, "a"])

@@ -24,6 +24,7 @@ from node.remote import RemoteNode, handlers
 from node.replication import WAIT_MS
 from node.replicator import Replicator
 from node.shard import ShardActor
+from router.coverage import LAG_MS_MAX
 from router.ports import Change, NodeError, SearchAsk
 from storage.batch import Batch
 from storage.errors import DamagedError, ReplicaStoppedError
@@ -327,3 +328,12 @@ async def test_age_grows_while_the_primary_is_silent_and_survives_a_restart(tmp_
         before = follower.age_ms
         await trio.sleep(0.05)
         assert follower.age_ms >= before + 50
+
+
+@on_trio
+async def test_an_empty_replica_is_not_fresh_before_it_has_heard_a_primary(tmp_path: Path) -> None:
+    """It has just been brought here, and would answer searches with nothing."""
+    async with replica_of("a", tmp_path / "a") as actor:
+        follower = Replicator(actor, {}, Random(1))  # type: ignore[arg-type]
+        assert follower.lag_ms > LAG_MS_MAX
+        assert follower.age_ms > LAG_MS_MAX

@@ -12,6 +12,7 @@ from node.pulls import Forked, NotPrimary, Streamed
 from router.ports import NodeError
 from storage.errors import LogGoneError, ReplicaStoppedError
 from storage.records import EMPTY, Fingerprint, Version, decode
+from tests.unit.node.peers import on_trio
 from tests.unit.node.voters import Clock, change, leading, leased, pull, running
 
 
@@ -365,3 +366,22 @@ def test_a_primary_that_has_resigned_begins_nothing_that_waited(tmp_path: Path) 
             assert await actor.write([change(2)], "primary", bytes([2]) * 16, 2.0) == Version(1, 3)
 
     trio.run(main)
+
+
+@on_trio
+async def test_who_lacks_what_was_written_before_this_epoch_is_as_old_as_that(tmp_path: Path) -> None:
+    """A new replica, say: that the primary has led for a moment only does not make it fresh."""
+    clock = Clock()
+    async with running(tmp_path, ("a", "b"), clock) as actor:
+        async with leased(actor, "b"):
+            await actor.write([change(1)], "primary", b"1" * 16, 2.0)
+            clock.ns += 3_600 * 10**9
+            await actor.write([change(2)], "primary", b"2" * 16, 2.0)
+        actor.act(actor, actor.election.renew(trio.current_time()))
+        await leading(actor)
+        answer = await pull(actor, "b", EMPTY)
+        assert isinstance(answer, Streamed)
+        assert answer.lag_ms >= 3_600_000
+        level = await pull(actor, "b", actor.replica.fingerprint(actor.replica.position.sequence))
+        assert isinstance(level, Streamed)
+        assert level.lag_ms == 0
