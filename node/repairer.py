@@ -32,6 +32,8 @@ LOOK_S = 1.0
 # A follower that has not applied the mark by then is left out of this comparison.
 APPLY_S = 5.0
 CALL_S = 10.0
+# For one shard in the background; what is left over is found again the next time.
+BACKGROUND_S = 60.0
 # Bounds of one round: buckets of one kind that are looked through, ids that are decided about.
 BUCKETS_MAX = 16
 IDS_MAX = 2_000
@@ -105,7 +107,7 @@ class Repairer:
             for actor in list(self._shards.values()):
                 if self._is_due(actor):
                     self._due[actor.shard] = trio.current_time() + self._config.every_s
-                    await self.repair(actor, CALL_S)
+                    await self.repair(actor, BACKGROUND_S)
             await trio.sleep(LOOK_S)
 
     def _is_due(self, actor: ShardActor) -> bool:
@@ -229,6 +231,11 @@ class Repairer:
 
     async def _digests_of(self, actor: ShardActor, name: str, place: Version) -> tuple[str, Digests | None]:
         reign = actor.reign
+        try:
+            if not self._links[name].connected:
+                return "silent", None
+        except KeyError:
+            return "silent", None
         with trio.move_on_after(APPLY_S):
             while reign is not None and not reign.ended and reign.heard.get(name, -1) < place.sequence:
                 await actor.changed()
