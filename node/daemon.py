@@ -373,10 +373,11 @@ class Daemon:
 
     def _hear_of_primaries(self, event: Event, failover: Failover) -> None:
         """Who leads, for those who were away when it was told."""
-        if event.kind == "fact" and event.key != facts.PRIMARIES:
+        if event.kind == "fact" and event.key not in (facts.PRIMARIES, facts.NODE):
             return
         for known in self._parts.members.others():
-            if known.id == event.id and known.alive:
+            # Not before it has said its name: by that it is reached.
+            if known.id == event.id and known.alive and known.fact is not None:
                 for shard, epoch in known.led.items():
                     actor = self._parts.shards.get(shard)
                     if actor is not None:

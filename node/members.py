@@ -215,7 +215,7 @@ class Members:
         self._generation += 1
         self._led, self._holders = {}, {}
         for one in self._all:
-            if one.alive:
+            if one.alive and one.fact is not None:
                 for held in one.held:
                     self._holders.setdefault(held.shard, []).append(one.name)
                 for shard, epoch in one.led.items():

@@ -34,6 +34,7 @@ CALL_S = 2.0
 BACKOFF_S = (0.02, 0.5)
 # While nobody is known to lead, voters are asked in turn.
 ASK_AROUND_S = 0.2
+DOUBT_AFTER = 6
 # Between two tries to catch up by a snapshot; the lesser when it is only not our turn.
 SNAPSHOT_BACKOFF_S = (0.5, 15.0)
 # How old the data of a replica is taken to be that has none yet: older than that of any other.
@@ -115,6 +116,9 @@ class Replicator:
                 await self._pull(primary)
             except (PeerGoneError, PeerTimeoutError):
                 self._state = "primary silent"
+                if self._failures >= DOUBT_AFTER:
+                    # What we were told of it may be wrong; others may know better.
+                    actor.doubt(actor.hint[0])
                 await self._back_off()
             except RemoteError as error:
                 if error.code == "diverged":
