@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= 2
 
 .PHONY: setup demo test soak lint types contracts check clean
 
@@ -23,8 +24,9 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.demo
 	@$(BIN)/gmco demo $(ARGS)
 
+# Two at a time: the tests with real processes mostly wait. A file's tests stay together, for they share their daemons.
 test: setup
-	@$(BIN)/python -m pytest -m 'not soak' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not soak' -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)
 
 # A soak test takes longer than the limit at which any other test counts as hung.
 soak: setup

@@ -7,8 +7,10 @@ same moment share a frame), and moves to the next node when it breaks or refuses
 from __future__ import annotations
 
 import functools
+import math
 import os
 import random
+import socket
 import ssl
 import struct
 import threading
@@ -20,7 +22,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import msgpack
 import trio
-from trio_websocket import ConnectionClosed, wrap_client_stream
+from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_stream
 
 __all__ = [
     "Answer",
@@ -57,6 +59,7 @@ BACKOFF_S = (0.02, 1.0)
 ATTEMPTS_MAX = 64
 PING_S = 5.0
 DIAL_S = 2.0
+WAIT_S = 0.5  # so long a node that refuses is tried again: it may be about to start
 CLOSE_S = 0.2
 
 
@@ -90,7 +93,7 @@ class Unavailable(GmcoError, ConnectionError):  # noqa: N818
 
 
 class DeadlineExceeded(GmcoError, TimeoutError):  # noqa: N818
-    """Not answered within the time limit. Whether a write was applied is then not known."""
+    """Not answered, or no connection made, within the time limit. Whether a write was applied is then not known."""
 
 
 _BAD = "bad_frame bad_request unknown_op unknown_field missing_field bad_type out_of_range bad_vector"
@@ -98,11 +101,13 @@ _CLASSES: dict[str, type[GmcoError]] = {
     **dict.fromkeys([*_BAD.split(), "wrong_dimension", "zero_vector", "too_large"], BadRequest),
     **dict.fromkeys(["unknown_user", "unknown_item", "unknown_node"], NotFound),
     **dict.fromkeys(["overloaded", "indexing"], Overloaded),
-    **dict.fromkeys(["unavailable", "shutting_down", "no_primary", "session_behind"], Unavailable),
+    **dict.fromkeys(
+        ["unavailable", "shutting_down", "no_lease", "no_primary", "session_behind"], Unavailable
+    ),
     "deadline_exceeded": DeadlineExceeded,
 }
 _MOVE = frozenset({"unavailable", "shutting_down"})  # another node may do better
-_WAIT = frozenset({"overloaded", "indexing", "no_primary"})  # the same may do better soon
+_WAIT = frozenset({"overloaded", "indexing", "no_lease", "no_primary"})  # the same may do better soon
 _BEHIND = "session_behind"  # another node may have what the session wrote, or this one soon
 _UNSURE = frozenset({"deadline_exceeded", "outcome_unknown", "ack_timeout"})  # true after a lost try, too
 
@@ -361,6 +366,7 @@ class Client:
         self._links: dict[str, _Link] = {}
         self._failures = dict.fromkeys(self._urls, 0)
         self._not_before = dict.fromkeys(self._urls, 0.0)
+        self._why: dict[str, GmcoError] = {}  # of nodes that could not be connected to, until they can
         self._dialling = trio.Lock()
         self._calls: set[trio.CancelScope] = set()
         self._closed = False
@@ -375,11 +381,13 @@ class Client:
         return {key: value for key, value in reply.items() if key not in ("id", "ok")}
 
     async def events(self, after: int = 0, *, wait_s: float = 0.0) -> Events:
-        """Events past the sequence `after`; the node holds its answer back up to `wait_s` for the first (60 s at most)."""
+        """Events past the sequence `after`; the node holds its answer back up to `wait_s` for the first (60 s at most).
+
+        Numbers are of one node, so this asks no other when that one is lost meanwhile: it raises Unavailable at once.
+        """
         wait_ms = min(max(0.0, wait_s * 1000), 60_000.0)
-        reply = await self._call(
-            "events", {"after": after, "wait_ms": wait_ms}, self._timeout_s + wait_ms / 1000
-        )
+        fields = {"after": after, "wait_ms": wait_ms}
+        reply = await self._call("events", fields, self._timeout_s + wait_ms / 1000, stay=True)
         return Events(
             reply["node"], reply["boot"], tuple(reply["events"]), reply["next"], reply.get("lost", 0)
         )
@@ -401,6 +409,71 @@ class Client:
         fields = {"action": action, **{name: value for name, value in given.items() if value is not None}}
         nodes: list[dict[str, Any]] = (await self._call("keyring", fields, timeout_s))["nodes"]
         return nodes
+
+    async def cluster(
+        self,
+        action: Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"],
+        fields: dict[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Does something with the layout through the node in use, where changes are staged (docs/protocol.md, *Cluster*)."""
+        changes = action in ("commit", "init", "recover")
+        return await self._order("cluster", {**(fields or {}), "action": action}, changes, timeout_s)
+
+    async def moves(
+        self,
+        action: Literal["list", "move", "cancel", "drain", "rebalance"] = "list",
+        fields: dict[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Replicas on their way, and orders that send them (docs/protocol.md, *Moves*). Returns when the order is committed."""
+        return await self._order("moves", {**(fields or {}), "action": action}, action != "list", timeout_s)
+
+    async def maintenance(self, node: str, on: bool, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """While it is on, that node leads nothing, and nobody rebuilds elsewhere what it holds."""
+        return await self._order("maintenance", {"node": node, "on": on}, True, timeout_s)
+
+    async def _order(
+        self, op: str, fields: dict[str, Any], changes: bool, timeout_s: float | None
+    ) -> dict[str, Any]:
+        """The node is told to give up before we do, so that what has become of a commit is said, not guessed."""
+        given = {name: value for name, value in fields.items() if value is not None}
+        allowed_s = self._timeout_s if timeout_s is None else timeout_s
+        given["timeout_ms"] = min(max(1.0, 800 * allowed_s), 60_000.0)
+        reply = await self._call(op, given, allowed_s, write=changes)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
+    async def shards(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """`replicas`: every replica of every node, as that node tells it; `silent`: nodes that did not answer."""
+        reply = await self._call("shards", {}, timeout_s)
+        return {"replicas": reply["replicas"], "silent": reply["silent"]}
+
+    async def failover(
+        self,
+        shard: int,
+        *,
+        to: str = "",
+        force: bool = False,
+        confirmed: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Another node leads the shard: `to`, or the one that has most of it; waits until it does.
+
+        force: without a majority of its voters, which may lose writes. Without `confirmed` only what may be lost is told.
+        """
+        fields = {"shard": shard, "to": to, "force": force, "confirmed": confirmed}
+        reply = await self._call("failover", fields, timeout_s)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
+    async def repair(self, shard: int, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """The shard's replicas are compared at one place of its log, and what differs is repaired: {"equal": …, "replicas":
+        {node: state}, "written": …, …}."""
+        allowed_s = self._timeout_s if timeout_s is None else timeout_s
+        fields = {"shard": shard, "timeout_ms": min(max(1.0, 800 * allowed_s), 60_000.0)}
+        reply = await self._call("repair", fields, allowed_s)
+        return {key: value for key, value in reply.items() if key not in ("id", "ok")}
 
     async def recommend(
         self,
@@ -569,21 +642,24 @@ class Client:
         *,
         bounded: bool = False,
         write: bool = False,
+        stay: bool = False,
     ) -> dict[str, Any]:
-        """One request with its retries. `bounded`: the op takes timeout_ms.
+        """One request with its retries. `bounded`: the op takes timeout_ms. `stay`: once asked, no other node is.
 
         Once a try of a write was sent and not answered, no refusal of another try says that nothing was written.
         """
         doubt = broken = False
         deadline = trio.current_time() + (self._timeout_s if timeout_s is None else timeout_s)
-        last: GmcoError = DeadlineExceeded("deadline_exceeded", "no node answered in time")
+        last: GmcoError | None = None
         refusals = 2 * len(self._urls)
-        scope = trio.CancelScope(deadline=deadline)
+        # Of a question that waits for news, the waiting is for the answer, not for a node.
+        scope = trio.CancelScope(deadline=trio.current_time() + self._timeout_s if stay else deadline)
         self._calls.add(scope)
         try:
             with scope:
                 for attempt in range(ATTEMPTS_MAX):
                     link = await self._connected()
+                    scope.deadline = deadline
                     if bounded and (write or timeout_s is not None):
                         left_ms = (deadline - trio.current_time()) * 1000
                         fields["timeout_ms"] = min(max(left_ms, 1.0), 60_000.0)
@@ -591,7 +667,11 @@ class Client:
                     doubted, doubt = doubt, doubt or (write and link.alive)
                     reply = await link.ask(id, packed)
                     if reply is None:
-                        last = Unavailable("unavailable", "the connection broke before the answer came")
+                        last = Unavailable(
+                            "unavailable", f"the connection to {link.url} broke before the answer came"
+                        )
+                        if stay:
+                            raise last
                         if broken:
                             await trio.sleep(_pause_s(attempt))
                         broken = True
@@ -605,7 +685,7 @@ class Client:
                         self._leave(link)
                     elif last.code == _BEHIND:
                         self._turn(link)
-                    if not (
+                    if stay or not (
                         (last.code in _MOVE and (write or refusals > 0))
                         or (last.code in _WAIT and write)
                         or (last.code == _BEHIND and not write)
@@ -617,7 +697,7 @@ class Client:
             if doubt and scope.cancelled_caught:
                 message = "a try was not answered in time: the write may have been applied"
                 raise DeadlineExceeded("deadline_exceeded", message)
-            raise last
+            raise self._overdue(last)
         except GmcoError as error:
             if not doubt or error.code in _UNSURE:
                 raise
@@ -626,8 +706,11 @@ class Client:
         finally:
             self._calls.discard(scope)
 
-    async def _connected(self) -> _Link:
-        """A live connection: the one in use, or else one to the next node that takes us."""
+    async def _connected(self, give_up_at: float = math.inf) -> _Link:
+        """A live connection: the one in use, or else one to the next node that takes us.
+
+        Raises Unavailable when from `give_up_at` on each is away; one that is silent or full may take us yet.
+        """
         if self._closed:
             raise Unavailable("unavailable", "the client is closed")
         link = self._links.get(self._urls[self._at])
@@ -641,8 +724,13 @@ class Client:
                     if found is not None:
                         self._at = at
                         return found
-                soonest = min(self._not_before.values())
-                await trio.sleep(max(0.001, soonest - trio.current_time()))
+                away = all(isinstance(self._why.get(url), Unavailable) for url in self._urls)
+                if away and trio.current_time() >= give_up_at:
+                    raise self._nobody()
+                until = min(self._not_before.values())
+                if away:
+                    until = min(until, give_up_at)
+                await trio.sleep(max(0.001, until - trio.current_time()))
 
     async def _try(self, url: str) -> _Link | None:
         if self._not_before[url] > trio.current_time():
@@ -652,13 +740,32 @@ class Client:
             return link
         try:
             opened: _Link = await self._nursery.start(_hold, url)
-        except Unavailable:
+        except (Unavailable, Overloaded, DeadlineExceeded) as error:
+            self._why[url] = error
             self._failures[url] += 1
             self._not_before[url] = trio.current_time() + _pause_s(self._failures[url])
             return None
         self._failures[url] = 0
+        self._why.pop(url, None)
         self._links[url] = opened
         return opened
+
+    def _overdue(self, last: GmcoError | None) -> GmcoError:
+        """What to raise when the time of a call is up, whose last try ended with `last`."""
+        if self._why and not any(link.alive for link in self._links.values()):
+            return self._nobody()
+        return last or DeadlineExceeded("deadline_exceeded", "no node answered in time")
+
+    def _nobody(self) -> GmcoError:
+        """That no node can be reached, and why each cannot. DeadlineExceeded when more time might have helped."""
+        reasons = {url: error.message for url, error in self._why.items()}
+        late = any(isinstance(error, DeadlineExceeded) for error in self._why.values())
+        for url in self._urls:
+            if url not in reasons:
+                late = late or url not in self._links
+                reasons[url] = "the connection broke" if url in self._links else "no answer in time"
+        said = "no node can be reached: " + "; ".join(f"{url}: {reasons[url]}" for url in self._urls)
+        return DeadlineExceeded("deadline_exceeded", said) if late else Unavailable("unavailable", said)
 
     def _leave(self, link: _Link) -> None:
         """Turns to the next node. What is in flight on this one may still be answered."""
@@ -714,8 +821,43 @@ async def _open(url: str) -> tuple[_Stream, str, str]:
     return tls, parts.netloc, path
 
 
+def _why_not(error: BaseException | None, *, connected: bool) -> GmcoError:
+    """Why a connection did not open, in a few words.
+
+    Unavailable: there is no node. Overloaded: it takes no more connections now. DeadlineExceeded: nothing came in time.
+    """
+    leaf = error
+    while True:
+        if isinstance(leaf, BaseExceptionGroup):
+            leaf = leaf.exceptions[0]
+        elif isinstance(leaf, OSError) and leaf.errno is None and leaf.__cause__ is not None:
+            leaf = leaf.__cause__  # what trio says of several addresses
+        else:
+            break
+    if isinstance(leaf, trio.TooSlowError):
+        what = "it takes connections, but does not speak as a node does" if connected else "timed out"
+        return DeadlineExceeded("deadline_exceeded", f"{what} ({DIAL_S:g} s)")
+    if isinstance(leaf, ConnectionRejected) and leaf.status_code == 503:
+        return Overloaded("overloaded", "it takes no connections now (HTTP 503): it is full, or stops")
+    return Unavailable("unavailable", _reason(leaf))
+
+
+def _reason(error: BaseException | None) -> str:
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, socket.gaierror):
+        return "name not found"
+    if isinstance(error, ConnectionRejected):
+        return f"not a GMC-O node (HTTP {error.status_code})"
+    if isinstance(error, ConnectionClosed | trio.BrokenResourceError):
+        return "not a GMC-O node (it closed the connection)"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS: {error.reason or error}"
+    return str((error.strerror if isinstance(error, OSError) else None) or error)
+
+
 async def _hold(url: str, *, task_status: trio.TaskStatus[_Link]) -> None:
-    """Opens a connection and runs it to its end. Raises Unavailable when it does not open."""
+    """Opens a connection and runs it to its end. Raises what `_why_not` makes of it when it does not open."""
     started = False
     stream: _Stream | None = None
     reason: BaseException | None = None
@@ -733,6 +875,8 @@ async def _hold(url: str, *, task_status: trio.TaskStatus[_Link]) -> None:
                     max_message_size=FRAME_BYTES_MAX,
                     receive_buffer_size=64 << 10,
                 )
+            if ws.subprotocol != "gmco.msgpack":
+                raise OSError("not a GMC-O node (it does not speak gmco.msgpack)")  # noqa: TRY301
             link = _Link(url, ws)
             started = True
             task_status.started(link)
@@ -746,13 +890,17 @@ async def _hold(url: str, *, task_status: trio.TaskStatus[_Link]) -> None:
             with trio.move_on_after(CLOSE_S, shield=True):
                 await stream.aclose()
     if not started:
-        raise Unavailable("unavailable", f"cannot connect to {url}") from reason
+        raise _why_not(reason, connected=stream is not None) from reason
 
 
 @asynccontextmanager
-async def connect(urls: Sequence[str], *, timeout_s: float = 5.0) -> AsyncIterator[Client]:
-    """A client of the nodes at `urls` (`ws://host:7400`). Raises Unavailable when none can be reached in `timeout_s`,
-    which is also the time limit of calls that give none.
+async def connect(
+    urls: Sequence[str], *, timeout_s: float = 5.0, wait_s: float = WAIT_S
+) -> AsyncIterator[Client]:
+    """A client of the nodes at `urls` (`ws://host:7400`). `timeout_s` is the time limit of calls that give none, too.
+
+    Raises Unavailable, with each node's reason, when none was there within `wait_s`: give more to wait for a cluster that
+    starts. A node that is silent or full is tried for `timeout_s`; then silence is DeadlineExceeded.
     """
     if isinstance(urls, str) or not urls:
         raise BadRequest("bad_request", 'give a list of URLs, as in ["ws://127.0.0.1:7400"]', "urls")
@@ -761,9 +909,9 @@ async def connect(urls: Sequence[str], *, timeout_s: float = 5.0) -> AsyncIterat
         client = Client(urls, timeout_s, nursery)
         try:
             with trio.move_on_after(timeout_s) as scope:
-                await client._connected()
+                await client._connected(trio.current_time() + wait_s)
             if scope.cancelled_caught:
-                raise Unavailable("unavailable", f"none of {', '.join(urls)} can be reached")  # noqa: TRY301
+                raise client._nobody()  # noqa: TRY301
             yield client
         except BaseException as error:
             raised = error
@@ -804,6 +952,12 @@ class BlockingClient:
     events = _blocking(Client.events)
     forget_node = _blocking(Client.forget_node)
     keyring = _blocking(Client.keyring)
+    cluster = _blocking(Client.cluster)
+    moves = _blocking(Client.moves)
+    maintenance = _blocking(Client.maintenance)
+    shards = _blocking(Client.shards)
+    failover = _blocking(Client.failover)
+    repair = _blocking(Client.repair)
     recommend = _blocking(Client.recommend)
     similar = _blocking(Client.similar)
     search = _blocking(Client.search)
@@ -817,7 +971,9 @@ class BlockingClient:
 
 
 @contextmanager
-def connect_blocking(urls: Sequence[str], *, timeout_s: float = 5.0) -> Iterator[BlockingClient]:
+def connect_blocking(
+    urls: Sequence[str], *, timeout_s: float = 5.0, wait_s: float = WAIT_S
+) -> Iterator[BlockingClient]:
     """`connect` for programs without trio. The connection lives in a thread of its own."""
     ready = threading.Event()
     opened: list[BlockingClient] = []
@@ -825,7 +981,7 @@ def connect_blocking(urls: Sequence[str], *, timeout_s: float = 5.0) -> Iterator
     failed: list[BaseException] = []
 
     async def live() -> None:
-        async with connect(urls, timeout_s=timeout_s) as client:
+        async with connect(urls, timeout_s=timeout_s, wait_s=wait_s) as client:
             done.append(trio.Event())
             opened.append(BlockingClient(client, trio.lowlevel.current_trio_token()))
             ready.set()

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import gmco
-from admin import operating, show
+from admin import moves, operating, shards, show
 from admin.films import CLASS_IDS
 from admin.load import Loader, LoadOptions, LoadProgress, StateFile, summary
 from admin.sources import Kind, SourceError, open_source
@@ -42,6 +42,8 @@ app = typer.Typer(
 get_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(get_app, name="get", help="Show stored records.")
 operating.add_to(app)
+shards.add_to(app)
+moves.add_to(app)
 
 
 class KindName(StrEnum):
@@ -249,7 +251,9 @@ def load(
     state = StateFile(file.with_name(file.name + ".gmco-load"), source, options)
     before = state.read() if resume else LoadProgress()
     if before.next_batch:
-        show.err.print(f"going on at row {before.rows_done} ({state.path.name}); --no-resume starts over")
+        show.err.print(
+            f"going on at {source.unit} {before.rows_done + 1} ({state.path.name}); --no-resume starts over"
+        )
     started = time.monotonic()
     with show.load_bar(f"loading {kind.value}", source.rows) as changed:
         work = functools.partial(
@@ -262,7 +266,7 @@ def load(
         return
     show.out.print(f"{done['written']:,} {kind.value} written, {done['bad']} bad rows, {done['elapsed_s']} s")
     for bad in progress.bad_rows:
-        show.err.print(f"row {bad.number}: {bad.reason}", markup=False)
+        show.err.print(f"{source.unit} {bad.place}: {bad.reason}", markup=False)
 
 
 async def _load(client: gmco.Client, *, before: LoadProgress, changed: Any, **given: Any) -> LoadProgress:
@@ -297,7 +301,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(_help(error), file=sys.stderr)
             sys.exit(EXIT_USAGE)
-        print(f"error[usage]: {_message(error)} (see gmco --help)", file=sys.stderr)
+        print(f"error[usage]: {_message(error)} (see {_command(error)} --help)", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except typer.Exit as error:
         sys.exit(error.exit_code)
@@ -311,6 +315,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _message(error: typer.TyperException) -> str:
     return " ".join(_help(error).split())
+
+
+def _command(error: typer.TyperException) -> str:
+    """The command that was used wrongly, as `gmco load`: its help says more than that of the whole."""
+    return str(getattr(getattr(error, "ctx", None), "command_path", "gmco"))
 
 
 def _help(error: typer.TyperException) -> str:

@@ -22,7 +22,7 @@ import trio
 from xxhash import xxh3_128_digest
 
 import gmco
-from admin.sources import BadRow, Kind, Row, Source
+from admin.sources import BadRow, Kind, Row, Source, Unit
 
 STATE_VERSION = 1
 SAVE_EVERY_S = 0.5
@@ -39,8 +39,8 @@ _ROW_FIELD = re.compile(r"^(?:items|users)\[(\d+)\]")
 class BadRowError(ValueError):
     """A row cannot be loaded, and the caller wants to know rather than skip it."""
 
-    def __init__(self, row: BadRow) -> None:
-        super().__init__(f"row {row.number}: {row.reason}")
+    def __init__(self, row: BadRow, unit: Unit) -> None:
+        super().__init__(f"{unit} {row.place}: {row.reason}")
         self.row = row
 
 
@@ -112,14 +112,17 @@ class StateFile:
             return LoadProgress()
 
     def write(self, progress: LoadProgress) -> None:
-        """Whole or not at all: a torn state file would make the next load start over."""
+        """Whole or not at all: a torn state file would make the next load start over. Of nothing written there is none."""
+        if not progress.written:
+            self.remove()
+            return
         counts = {name: asdict(progress)[name] for name in ("next_batch", "written", "bad", "rows_done")}
         beside = self.path.with_name(self.path.name + ".tmp")
         beside.write_text(json.dumps({**self._key, **counts}), encoding="utf-8")
         os.replace(beside, self.path)
 
     def remove(self) -> None:
-        """After the last batch."""
+        """After the last batch, or before the first."""
         self.path.unlink(missing_ok=True)
 
 
@@ -203,7 +206,7 @@ class Loader:
             if self._state is not None:
                 self._state.write(self.progress)
         if bad is not None:
-            raise BadRowError(bad)
+            raise BadRowError(bad, self._source.unit)
         if self._state is not None:
             self._state.remove()
         return self.progress
@@ -221,7 +224,7 @@ class Loader:
                         raise
                     bad = BadRow(rows.pop(int(place[1])).number, f"{error.code}: {error.message}")
                     if not self._options.skip_bad:
-                        raise BadRowError(bad) from error
+                        raise BadRowError(bad, self._source.unit) from error
                     refused.append(bad)
             self._done(batch.number, (len(rows), tuple(refused), batch.rows_end))
         finally:
@@ -292,6 +295,7 @@ class RowsSource:
 
     digest: str
     all_rows: Sequence[Row]
+    unit: Unit = "row"
 
     @property
     def rows(self) -> int | None:
@@ -304,11 +308,11 @@ class RowsSource:
 
 
 def summary(progress: LoadProgress, elapsed_s: float) -> dict[str, Any]:
-    """For `--output json`."""
+    """For `--output json`. `row` counts from 1, lines of a file, too."""
     return {
         "written": progress.written,
         "bad": progress.bad,
-        "bad_rows": [{"row": bad.number, "reason": bad.reason} for bad in progress.bad_rows],
+        "bad_rows": [{"row": bad.place, "reason": bad.reason} for bad in progress.bad_rows],
         "rows_done": progress.rows_done,
         "retries": progress.retries,
         "pushbacks": progress.pushbacks,

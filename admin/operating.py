@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 import gmco
-from admin import show
+from admin import layouts, show
+from admin.following import Follower
 from admin.terminal import (
     DEFAULT_NODES,
     EXIT_REFUSED,
@@ -26,11 +27,11 @@ from admin.terminal import (
     Timeout,
     fail,
     node_urls,
+    run,
     with_client,
 )
 
-WAIT_S = 30.0
-STYLES = {"alive": "green", "suspect": "yellow", "down": "red", "absent": "red"}
+STYLES = {"alive": "green", "suspect": "yellow", "down": "red", "left": "red", "unheard": "red"}
 KIND_STYLES = {
     "suspected": "yellow",
     "down": "red",
@@ -46,6 +47,7 @@ keyring_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 def add_to(app: typer.Typer) -> None:
     app.add_typer(nodes_app, name="nodes", help="Who is in the cluster and how each is doing.")
     app.add_typer(keyring_app, name="keyring", help="The keys of gossip, on all alive nodes.")
+    app.add_typer(layouts.app, name="cluster", help="Which members should hold what: stage, plan, commit.")
     app.command("events", help="What has happened to the members, as the node asked saw it.")(events)
 
 
@@ -90,6 +92,8 @@ def nodes_table(status: dict[str, Any]) -> Table:
         state = str(member.get("state", "?"))
         if state == "alive" and not member.get("connected", True):
             state = "alive, no link"
+        if member.get("duty"):
+            state = f"{state}, {member['duty']}"
         load = member.get("load", {})
         cells: dict[str, RenderableType] = {
             "node": str(member.get("name", "?")),
@@ -134,31 +138,32 @@ def forget(
 
 
 def events(
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they happen.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as they happen, at another node when one is lost.")
+    ] = False,
     urls: Nodes = DEFAULT_NODES,
     output: OutputOption = Output.TABLE,
     timeout: Timeout = 5.0,
 ) -> None:
     """The last 1,000 that the node remembers; with JSON, one object a line."""
+    given = node_urls(urls)
+    if not follow:
+        _print_events(with_client(given, timeout, lambda client: client.events()), output)
+        return
+    follower = Follower(
+        given,
+        timeout,
+        show=lambda found: _print_events(found, output),
+        say=lambda text: show.err.print(text, markup=False, soft_wrap=True),
+    )
+    run(follower.run)
 
-    async def read(client: gmco.Client) -> None:
-        source: tuple[str, int] | None = None
-        after = 0
-        while True:
-            found = await client.events(after, wait_s=WAIT_S if follow and source else 0.0)
-            if source not in (None, (found.node, found.boot)):
-                show.err.print(f"from here on as {found.node} (boot {found.boot}) saw it", markup=False)
-                source, after = None, 0
-                continue
-            source, after = (found.node, found.boot), found.next
-            if found.lost:
-                show.err.print(f"{found.lost} events are forgotten", markup=False)
-            for event in found.events:
-                _print_event(event, output)
-            if not follow:
-                return
 
-    with_client(node_urls(urls), timeout, read)
+def _print_events(found: gmco.Events, output: Output) -> None:
+    if found.lost:
+        show.err.print(f"{found.lost} events are forgotten", markup=False)
+    for event in found.events:
+        _print_event(event, output)
 
 
 def _print_event(event: dict[str, Any], output: Output) -> None:

@@ -2,7 +2,7 @@
 
 A row that cannot be used comes out as a `BadRow` with its number and the reason; whether that stops the load is
 the loader's business. Row numbers count from 0 over the whole file, bad rows too, so a resumed load finds its
-place.
+place; people are told places, which count from 1: `row 1` of a table, `line 1` of a file of lines.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from xxhash import xxh3_128
 
 Kind = Literal["items", "users"]
+Unit = Literal["row", "line"]
 ID_FIELD: Mapping[str, str] = {"items": "media_id", "users": "user_id"}
 ID_MAX = (1 << 64) - 1
 PARQUET_ROWS = 1024  # per read: 2 MiB of FP16 vectors at 1024 dims
@@ -48,9 +49,17 @@ class BadRow:
     number: int
     reason: str
 
+    @property
+    def place(self) -> int:
+        """As people and editors count."""
+        return self.number + 1
+
 
 class Source(Protocol):
     """A file with a known number of rows (None where counting means reading it all)."""
+
+    @property
+    def unit(self) -> Unit: ...
 
     @property
     def rows(self) -> int | None: ...
@@ -163,6 +172,8 @@ def make_row(number: int, fields: Mapping[str, Any], id_field: str) -> Row | Bad
 class ParquetSource:
     """Columns `media_id` or `user_id`, `vector` (list, fixed-size list, binary), `classes`; others: metadata."""
 
+    unit: Unit = "row"
+
     def __init__(self, path: Path, kind: Kind) -> None:
         """Opens the file and checks its columns. Raises SourceError."""
         self._path = path
@@ -215,6 +226,8 @@ class ParquetSource:
 class NpySource:
     """`vectors.npy` [rows, dim] and `ids.npy` [rows], both memory-mapped."""
 
+    unit: Unit = "row"
+
     def __init__(self, path: Path, ids: Path) -> None:
         """Opens both and checks that they fit. Raises SourceError."""
         try:
@@ -242,6 +255,8 @@ class NpySource:
 
 class JsonLinesSource:
     """One JSON object per line; empty lines count as nothing but keep their number."""
+
+    unit: Unit = "line"
 
     def __init__(self, path: Path, kind: Kind) -> None:
         """Counts the lines, which takes one pass over the file."""

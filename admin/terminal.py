@@ -15,7 +15,7 @@ from admin.load import BadRowError, first_cause
 from admin.sources import SourceError
 
 EXIT_OURS, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_REFUSED, EXIT_BAD_ROW = 1, 2, 3, 4, 5
-EXIT_NOT_FOUND, EXIT_TIMEOUT, EXIT_INTERRUPTED = 6, 7, 130
+EXIT_NOT_FOUND, EXIT_TIMEOUT, EXIT_NOT_COMPARED, EXIT_INTERRUPTED = 6, 7, 8, 130
 
 T = TypeVar("T")
 
@@ -56,14 +56,19 @@ def exit_code_of(error: gmco.GmcoError) -> int:
 
 
 def with_client(nodes: list[str], timeout_s: float, work: Callable[[gmco.Client], Awaitable[T]]) -> T:
-    """Runs `work` with a client; every error ends the command with its line and exit code."""
+    """`run` of `work` with a client."""
 
-    async def run() -> T:
+    async def connected() -> T:
         async with gmco.connect(nodes, timeout_s=timeout_s) as client:
             return await work(client)
 
+    return run(connected)
+
+
+def run(work: Callable[[], Awaitable[T]], *, interrupted: str = "stopped by Ctrl-C") -> T:
+    """Every error ends the command with its line and exit code. interrupted: what is said after Ctrl-C."""
     try:
-        return trio.run(run)
+        return trio.run(work)
     except BaseException as group:
         error = first_cause(group)
         if isinstance(error, gmco.GmcoError):
@@ -76,7 +81,7 @@ def with_client(nodes: list[str], timeout_s: float, work: Callable[[gmco.Client]
         if isinstance(error, OSError):
             fail("os_error", str(error), EXIT_OURS)
         if isinstance(error, KeyboardInterrupt):
-            fail("interrupted", "stopped by Ctrl-C", EXIT_INTERRUPTED)
+            fail("interrupted", interrupted, EXIT_INTERRUPTED)
         raise
 
 

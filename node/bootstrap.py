@@ -14,11 +14,12 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from node.facts import NodeFact, settings_that_differ, view_of
 from router.layout import Layout
+from router.planning import first_layout
 
 # What all nodes of one cluster must have in common.
 COMMON = ("shard_count", "dim", "metric", "class_width")
@@ -32,6 +33,8 @@ class Seen:
 
     alive: bool
     fact: NodeFact | None
+    # Of its data directory, 16 hex digits.
+    id: str = ""
     layout: Layout | None = None
     partial: bool = False
     view: bytes = b""
@@ -77,8 +80,8 @@ class Refuse:
 Step = Adopt | Create | Wait | Refuse
 
 
-def decide(own: NodeFact, others: Sequence[Seen]) -> Step:
-    """What a node without a layout does next."""
+def decide(own: NodeFact, others: Sequence[Seen], *, id: str = "", cluster_id: str = "") -> Step:
+    """What a node without a layout does next. id: its own; cluster_id: 32 random hex digits for a layout that it makes."""
     alive = [one for one in others if one.alive]
     if any(one.fact is not None and one.fact.name == own.name for one in alive):
         # Before anything else: both would open the same shards in one name.
@@ -105,15 +108,9 @@ def decide(own: NodeFact, others: Sequence[Seen]) -> Step:
     heard = all(one.fact is not None for one in alive) and not any(one.partial for one in others)
     agreed = heard and all(one.view == view for one in founders)
     if names[0] == own.name and agreed:
-        members = sorted([own, *facts], key=lambda fact: fact.name)
-        return Create(
-            Layout(
-                version=1,
-                shard_count=own.shard_count,
-                replication=own.replication,
-                members=tuple(fact.member() for fact in members),
-            )
-        )
+        members = [replace(own.member(), id=id)]
+        members += [replace(one.fact.member(), id=one.id) for one in founders if one.fact is not None]
+        return Create(first_layout(members, own.shard_count, own.replication, cluster_id))
     return Wait(view, known, own.bootstrap)
 
 

@@ -7,6 +7,7 @@ the item is being flushed, the flush goes on and only its result is abandoned.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Generic, TypeVar
 
 import outcome
 import trio
+
+from node.pending import Pending
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,11 +42,18 @@ class CommitStoppedError(Exception):
         super().__init__(message)
 
 
-class _Waiter(Generic[T]):
-    __slots__ = ("abandoned", "item", "task")
+class Ticket(Pending[R], Generic[T, R]):
+    """An item that waits or is being flushed; `wait` for its result."""
 
-    def __init__(self, item: T, task: trio.lowlevel.Task) -> None:
-        self.item, self.task, self.abandoned = item, task, False
+    __slots__ = ("_commit", "item")
+
+    def __init__(self, commit: GroupCommit[T, R], item: T) -> None:
+        super().__init__()
+        self._commit, self.item = commit, item
+
+    def abandon(self) -> None:
+        """Takes the item back when it waits; otherwise only its result finds nobody."""
+        self._commit.take_back(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +83,8 @@ class GroupCommit(Generic[T, R]):
         assert waiting_max >= 1
         assert batch_max >= 1
         self._flush, self._waiting_max, self._batch_max = flush, waiting_max, batch_max
-        self._waiting: deque[_Waiter[T]] = deque()
-        self._flushing: list[_Waiter[T]] = []
+        self._waiting: deque[Ticket[T, R]] = deque()
+        self._flushing: list[Ticket[T, R]] = []
         self._loop: trio.lowlevel.Task | None = None
         self._parked = False
         self._stopped: str | None = None
@@ -82,27 +92,28 @@ class GroupCommit(Generic[T, R]):
 
     async def submit(self, item: T) -> R:
         """Wait until `item` is flushed. Raises OverloadedError at once, CommitStoppedError, or what flush said."""
+        # Of a task that is cancelled already the wait takes the item back before the loop can see it.
+        return await self.begin(item).wait()
+
+    def begin(self, item: T) -> Ticket[T, R]:
+        """`item` waits to be flushed from now on. Raises OverloadedError, CommitStoppedError."""
         if self._stopped is not None:
             raise CommitStoppedError(self._stopped, outcome_unknown=False)
         if len(self._waiting) >= self._waiting_max:
             self._refused += 1
             raise OverloadedError(f"{self._waiting_max} requests wait already; try again")
-        waiter = _Waiter(item, trio.lowlevel.current_task())
-        self._waiting.append(waiter)
+        ticket = Ticket(self, item)
+        self._waiting.append(ticket)
         if self._parked:
             self._wake()
+        return ticket
 
-        def abort(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
-            waiter.abandoned = True
-            self._abandoned += 1
-            # Frees its place now: cancelled waiters must not fill the bound. Absent: it is being flushed.
-            if waiter not in self._flushing:
-                self._waiting.remove(waiter)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        # Of a task that is cancelled already it calls `abort` at once, before the loop can see the item.
-        result: R = await trio.lowlevel.wait_task_rescheduled(abort)
-        return result
+    def take_back(self, ticket: Ticket[T, R]) -> None:
+        """Nobody wants its result any more."""
+        self._abandoned += 1
+        # Frees its place now: abandoned items must not fill the bound. Absent: it is being flushed.
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(ticket)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Flush until cancelled. Ends only by an exception, and tells every waiter."""
@@ -120,7 +131,7 @@ class GroupCommit(Generic[T, R]):
         finally:
             self._fail_all()
 
-    def _take(self) -> list[_Waiter[T]]:
+    def _take(self) -> list[Ticket[T, R]]:
         waiting = self._waiting
         if len(waiting) > self._batch_max:
             return [waiting.popleft() for _ in range(self._batch_max)]
@@ -128,20 +139,20 @@ class GroupCommit(Generic[T, R]):
         waiting.clear()
         return batch
 
-    async def _results(self, batch: list[_Waiter[T]]) -> Sequence[R | Exception]:
+    async def _results(self, batch: list[Ticket[T, R]]) -> Sequence[R | Exception]:
         try:
-            results = await self._flush([waiter.item for waiter in batch])
+            results = await self._flush([ticket.item for ticket in batch])
         except Exception as error:  # whatever it is, the submitters are who must know
             return [error] * len(batch)
         assert len(results) == len(batch), "flush answers every item"
         return results
 
-    def _settle(self, batch: list[_Waiter[T]], results: Sequence[R | Exception]) -> None:
-        reschedule = trio.lowlevel.reschedule
-        for waiter, result in zip(batch, results, strict=True):
-            if not waiter.abandoned:
-                done = outcome.Error(result) if isinstance(result, Exception) else outcome.Value(result)
-                reschedule(waiter.task, done)
+    def _settle(self, batch: list[Ticket[T, R]], results: Sequence[R | Exception]) -> None:
+        for ticket, result in zip(batch, results, strict=True):
+            if not ticket.over:
+                ticket.settle(
+                    outcome.Error(result) if isinstance(result, Exception) else outcome.Value(result)
+                )
 
     async def _wait_for_items(self) -> None:
         if self._waiting:
@@ -167,11 +178,11 @@ class GroupCommit(Generic[T, R]):
         flushing, waiting = self._flushing, list(self._waiting)
         self._flushing = []
         self._waiting.clear()
-        for waiters, unknown in ((flushing, True), (waiting, False)):
-            for waiter in waiters:
-                if not waiter.abandoned:
+        for tickets, unknown in ((flushing, True), (waiting, False)):
+            for ticket in tickets:
+                if not ticket.over:
                     error = CommitStoppedError(self._stopped, outcome_unknown=unknown)
-                    trio.lowlevel.reschedule(waiter.task, outcome.Error(error))
+                    ticket.settle(outcome.Error(error))
 
     def statistics(self) -> CommitStatistics:
         return CommitStatistics(

@@ -80,6 +80,11 @@ class ClusterConfig:
     seeds: tuple[str, ...] = ()
     # The first layout is made when so many nodes see each other. 1: this node alone. 0: never, only join.
     bootstrap: int = field(default=1, metadata={"range": (0, 1_000)})
+    # A shard goes back to its preferred primary once that has been there and level for so long.
+    prefer_first: bool = True
+    prefer_first_s: float = field(default=30.0, metadata={"range": (0, 86_400)})
+    # A host that has been gone for so long has its replicas rebuilt elsewhere; not while it is in maintenance.
+    rebuild_after_s: float = field(default=600.0, metadata={"range": (1, 86_400)})
 
     @property
     def alone(self) -> bool:
@@ -121,6 +126,18 @@ class LimitsConfig:
     items_per_request: int = field(default=1_000, metadata={"range": (1, 1_000_000)})
     # Records that may wait for one shard's log.
     write_queue: int = field(default=4_096, metadata={"range": (1, 1_000_000)})
+    # What this node's replicas together fetch when they catch up by snapshots; 0: as fast as it goes.
+    snapshot_bytes_per_s: int = field(default=50_000_000, metadata={"range": (0, 1 << 40)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepairConfig:
+    """How this node's primaries compare their shards with the other replicas (docs/replication.md)."""
+
+    # Between two comparisons of one shard, when something was written meanwhile; 0: only on demand.
+    every_s: float = field(default=600.0, metadata={"range": (0, 10 * 365 * 86_400)})
+    # What a repair writes, sends or drops at most.
+    records_per_s: int = field(default=1_000, metadata={"range": (1, 1_000_000)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +156,7 @@ class Config:
     gossip: GossipSettings = GossipSettings()
     storage: StorageConfig = field(default_factory=StorageConfig)
     limits: LimitsConfig = LimitsConfig()
+    repair: RepairConfig = RepairConfig()
     log: LogConfig = LogConfig()
     warnings: tuple[str, ...] = ()
 
@@ -156,6 +174,7 @@ STORAGE_RANGES: dict[str, tuple[float, float]] = {
     "compact_rows_min": (1, 1_000_000_000),
     "wal_segment_bytes": (1 << 16, 1 << 30),
     "wal_keep_s": (0, 10 * 365 * 86_400),
+    "tombstones_keep_s": (0, 10 * 365 * 86_400),
     "checkpoint_bytes": (1 << 16, 1 << 40),
     "write_ids_keep_s": (0, 86_400),
     "write_ids_max": (1, 100_000_000),

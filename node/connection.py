@@ -1,6 +1,6 @@
 """One app's WebSocket conversation: requests in, replies out, and what if it is slow, broken or rude.
 
-Three tasks per connection: the reader (it answers cheap requests on the spot, with a task only for a handler
+Three tasks per connection: the reader (it answers cheap requests on the spot, with a worker only for a handler
 that waits), the writer (it sends everything ready in one frame) and the keepalive. What goes wrong ends this
 connection only.
 """
@@ -18,6 +18,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_st
 from wsproto.utilities import LocalProtocolError
 
 from node.appstream import AppStream
+from node.workers import Workers
 from router.errors import RequestError
 from router.requests import Limits, Request, parse
 from router.wire import Refused, Reply, RequestId, decode_frame, encode_reply, error_reply, join
@@ -99,6 +100,7 @@ class Connection:
         self._unread_bytes = 0
         self._ws: WebSocketConnection
         self._nursery: trio.Nursery
+        self._workers: Workers[tuple[RequestId, bool, Awaitable[Reply]]]
         self._reading = trio.CancelScope()
         self._close_code = 1000
         # Encoded replies that wait for the writer: msgpack ones, and JSON ones.
@@ -112,6 +114,7 @@ class Connection:
         """Until either side closes. Raises nothing but cancellation."""
         try:
             async with trio.open_nursery() as self._nursery:
+                self._workers = Workers(self._nursery, self._answer)
                 if await self._shake_hands():
                     await self._converse()
                 self._nursery.cancel_scope.cancel()
@@ -219,9 +222,10 @@ class Connection:
             return
         self.in_flight += 1
         shared.in_flight += 1
-        self._nursery.start_soon(self._answer, id, json, result)
+        self._workers.begin((id, json, result))
 
-    async def _answer(self, id: RequestId, json: bool, result: Awaitable[Reply]) -> None:
+    async def _answer(self, job: tuple[RequestId, bool, Awaitable[Reply]]) -> None:
+        id, json, result = job
         try:
             reply = await result
         except Exception as error:

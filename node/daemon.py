@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-import random
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
 import structlog
 import trio
 
-from node import facts, forming, joining, layoutfile, notify
+from gossip.effects import Event
+from node import facts, forming, inforce, joining, layoutfile, notify, promises
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
+from node.duty import open_duty
 from node.facts import Health
+from node.failover import Failover
+from node.fetching import Fetcher
 from node.health import HealthWatch, Watched
 from node.history import History
-from node.identity import DataDirectory, Identity
+from node.holdings import Holdings
+from node.identity import DataDirectory
+from node.inforce import InForce
 from node.keyrings import Keyrings
 from node.lane import SearchLane
+from node.layouts import Layouts, disk_sizes
 from node.links import Links
 from node.local import LocalNode
 from node.members import Members
+from node.mending import Mending
+from node.mover import Mover
+from node.offering import Offering
 from node.operations import Operations
-from node.peerlink import Hello, PeerLimits, PeerListener
+from node.orders import Orders
+from node.peerlink import PeerLimits, PeerListener
+from node.promises import Promises
 from node.publishing import Publisher
-from node.remote import handlers
-from node.replicator import Replicator
+from node.rebuilding import Rebuilding
+from node.registers import open_register
+from node.remote import coded, handlers
+from node.repairer import Repairer
 from node.routing import GossipCluster
 from node.server import AppServer, Connection, ServerBounds
-from node.shard import ShardActor
+from node.snapshots import Snapshots
 from node.status import READY, Parts, own_status
+from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
 from router.coordinator import Coordinator, RouterConfig
 from router.errors import RequestError
-from router.layout import Layout, Placement
+from router.layout import Layout
 from router.operating import Operating
 from router.requests import Limits, Request
 from storage.errors import DamagedError, ForeignDataError
-from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
 
-OPENING_AT_ONCE = 2
 STOP_S = 30.0
 # Peers' writes under way get this long; their pulls wait at most a second by themselves.
 PEER_GRACE_S = 2.0
@@ -94,7 +105,7 @@ class Daemon:
         identity = directory.identity
         agent = joining.make_agent(self._config, directory)
         members = Members(agent, joining.node_fact(self._config, self._config.listen.host), agent.id)
-        hello = self._hello(identity)
+        hello = joining.hello(self._config, identity.boots)
         listener = PeerListener(
             self._handlers,
             hello,
@@ -111,7 +122,6 @@ class Daemon:
         if layout is not None:
             forming.tell(members, layout)
         history = History(members)
-        shards: dict[int, ShardActor] = {}
         try:
             async with trio.open_nursery() as nursery:
                 supervisor = Supervisor(nursery, policy=POLICY)
@@ -124,9 +134,16 @@ class Daemon:
                     supervisor=supervisor,
                     links=links,
                     server=self._app_server(),
-                    shards=shards,
                 )
-                self._operations = Operations(self._parts, history, self._keyrings())
+                self._founding = forming.Founding()
+                self._layouts = Layouts(
+                    directory.path,
+                    members,
+                    links,
+                    self._founding,
+                    lambda: disk_sizes(directory.path, self._parts.shards),
+                )
+                self._operations = Operations(self._parts, history, self._keyrings(), self._layouts)
                 nursery.start_soon(self._stop_on_signals)
                 nursery.start_soon(notifier.run)
                 nursery.start_soon(self._end_when_superseded)
@@ -144,13 +161,18 @@ class Daemon:
             with trio.CancelScope(shield=True):
                 # Also when it is an error that ends us: keepalives are over, and the watchdog must be, too.
                 notifier.stopping("closing shards")
-                await _close(shards, notifier)
+                if self._parts.holdings is not None:
+                    await self._parts.holdings.close(
+                        lambda shard: notifier.extend_timeout(SHARD_S, f"closed shard {shard}")
+                    )
         log.info("stopped", node=self._name)
 
     async def _wind_down(self, notifier: notify.Notifier, listener: PeerListener, history: History) -> None:
         notifier.stopping()
         log.info("stopping", node=self._name)
         history.close()
+        if self._parts.failover is not None:
+            await self._parts.failover.hand_over_all()
         self._parts.server.stop()
         listener.stop()
         await self._parts.agent.leave()
@@ -177,18 +199,6 @@ class Daemon:
         keyrings = Keyrings(self._parts.agent, self._parts.members, self._parts.links)
         self._handlers["keyring"] = keyrings.handle_peer
         return keyrings
-
-    def _hello(self, identity: Identity) -> Hello:
-        config = self._config
-        return Hello(
-            cluster_id=config.cluster.id,
-            node=self._name,
-            shard_count=config.cluster.shard_count,
-            dim=config.storage.dim,
-            metric=config.storage.metric,
-            class_width=config.storage.class_width,
-            boot=identity.boots,
-        )
 
     def _peer_limits(self) -> PeerLimits:
         limits = self._config.limits
@@ -227,14 +237,47 @@ class Daemon:
 
         if layout is None:
             path = directory.path / "layout"
-            layout = await forming.form(parts.members, path, self._config.cluster.id, say)
+            layout = await forming.form(parts.members, path, self._config.cluster.id, self._founding, say)
         parts.layout = layout
         parts.guard = forming.LayoutGuard(parts.members, layout)
+        cluster = self._config.cluster.id
+        placements = await inforce.find(directory.path, cluster, layout, parts.members, parts.links, say)
+        await self._take_part(directory, layout, placements)
         parts.state = "recovering shards"
         notifier.status(parts.state)
-        placements = {one.shard: one for one in layout.placements()}
-        logs = await self._open_shards(directory, placements, notifier, stack)
-        await self._start(placements, logs, stack)
+        thread = await stack.enter_async_context(DedicatedThread("promises"))
+        path = directory.path / "promises"
+        kept = Promises(path, await thread(promises.load, path), thread)
+        await parts.supervisor.start(kept, name="promises")
+        parts.promises = kept
+        parts.holdings = Holdings(
+            self._config, directory.path, directory.identity.node_id, kept, parts.supervisor, parts.links,
+            lambda shard: self._others_vote(placements, shard),
+        )  # fmt: skip
+        await self._open_shards(placements, notifier)
+        await self._start(placements, stack)
+
+    def _others_vote(self, placements: InForce, shard: int) -> bool:
+        """Whether others can stand in for our replica of that shard: somebody else leads it, or it is kept by several."""
+        if self._parts.members.primary(shard) not in ("", self._name):
+            return True
+        layout = self._parts.layout
+        several = layout is not None and layout.replication > 1 and len(layout.members) > 1
+        return several and shard in placements and len(placements[shard].voters) > 1
+
+    async def _take_part(self, directory: DataDirectory, layout: Layout, placements: InForce) -> None:
+        """From here on this node has a part in what follows the layout. Raises StorageError, OSError."""
+        parts = self._parts
+        register = await open_register(
+            directory.path, self._config.cluster.id, parts.members, parts.links, layout
+        )
+        assert parts.guard is not None
+        register.watch += [parts.go_by, parts.guard.go_by]
+        self._layouts.register = register
+        self._handlers["register"] = register.handle_peer
+        self._handlers["sizes"] = self._layouts.handle_sizes
+        self._handlers["placements"] = lambda peer, body: placements.pack()
+        await parts.supervisor.start(register, name="register")
 
     def _say_ready(self, notifier: notify.Notifier) -> None:
         parts = self._parts
@@ -244,82 +287,101 @@ class Daemon:
         )
         notifier.ready(f"serving {len(parts.shards)} shards")
 
-    async def _open_shards(
-        self,
-        directory: DataDirectory,
-        placements: dict[int, Placement],
-        notifier: notify.Notifier,
-        stack: AsyncExitStack,
-    ) -> dict[int, DedicatedThread]:
-        """Recovery, a few shards at a time; nothing is served before all are done. Returns the log threads."""
-        limit = trio.CapacityLimiter(OPENING_AT_ONCE)
-        maintenance = ThreadRunner("maintenance")
-        logs: dict[int, DedicatedThread] = {}
-        mine = [one for one in placements.values() if self._name in one.voters]
+    async def _open_shards(self, placements: InForce, notifier: notify.Notifier) -> None:
+        """Recovery, a few shards at a time; nothing is served before all are done. Those that lie here are opened, too, whoever
+        is to hold them: what they have may be wanted."""
+        holdings = self._parts.holdings
+        assert holdings is not None
+        mine = {
+            one.shard: one.voters
+            for one in placements.values()
+            if self._name in one.voters and not holdings.removed(one.shard)
+        }
+        mine |= {shard: () for shard in holdings.on_disk() if shard not in mine}
 
-        async def open_one(placement: Placement) -> None:
-            shard = placement.shard
-            replica = await trio.to_thread.run_sync(
-                partial(
-                    Replica.open,
-                    directory.path / f"shard-{shard:03}",
-                    shard=shard,
-                    node_id=directory.identity.node_id,
-                    config=self._config.storage,
-                ),
-                limiter=limit,
-            )
-            logs[shard] = await stack.enter_async_context(DedicatedThread(f"wal-{shard}"))
-            self._parts.shards[shard] = ShardActor(
-                replica,
-                placement,
-                name=self._name,
-                log_runner=logs[shard],
-                maintenance_runner=maintenance,
-                queue_max=self._config.limits.write_queue,
-            )
-            log.info("recovered", shard=shard, **asdict(replica.recovery))
-            notifier.extend_timeout(SHARD_S, f"recovered {len(self._parts.shards)} of {len(mine)} shards")
+        async def open_one(shard: int, founders: Sequence[str]) -> None:
+            await holdings.open(shard, founders)
+            notifier.extend_timeout(SHARD_S, f"recovered {len(holdings.actors)} of {len(mine)} shards")
 
         async with trio.open_nursery() as nursery:
-            for placement in mine:
-                nursery.start_soon(open_one, placement)
-        return logs
+            for shard, founders in mine.items():
+                nursery.start_soon(open_one, shard, founders)
 
-    async def _start(
-        self, placements: dict[int, Placement], logs: dict[int, DedicatedThread], stack: AsyncExitStack
-    ) -> None:
+    async def _start(self, placements: InForce, stack: AsyncExitStack) -> None:
         """Everything that serves, in the order in which one needs the other."""
         parts, config = self._parts, self._config
-        supervisor, links, shards = parts.supervisor, parts.links, parts.shards
+        supervisor, links, holdings = parts.supervisor, parts.links, parts.holdings
         assert parts.layout is not None
+        assert parts.promises is not None
+        assert holdings is not None
+        shards = holdings.actors
         lane_thread = await stack.enter_async_context(DedicatedThread("search"))
         lane = parts.lane = SearchLane(lane_thread, queue_max=config.limits.requests_in_flight)
         await supervisor.start(lane, name="search-lane")
-        for shard, actor in sorted(shards.items()):
-            await supervisor.start(actor, name=f"shard-{shard:03}")
-        for member in parts.layout.members:
-            if member.name != self._name:
-                await links.add(member.name)
+        named = {member.name for member in parts.layout.members}
+        for name in sorted(named.union(*(one.voters for one in placements.values())) - {self._name}):
+            await links.add(name)
         await supervisor.start(links, name="links")
-        local = LocalNode(shards, parts.replicators, lane, len(placements))
+        local = LocalNode(shards, holdings.replicators, lane, len(placements))
         self._handlers.update(handlers(local, shards, lambda: own_status(parts)))
-        for shard, actor in sorted(shards.items()):
-            if not actor.primary:
-                follower = Replicator(actor, links[actor.placement.primary], random.Random())
-                parts.replicators[shard] = follower
-                await supervisor.start(follower, name=f"follow-{shard:03}")
-        cluster = GossipCluster(parts.members, placements, local, links, parts.replicators, parts.flags)
+        publisher = Publisher(parts.agent, shards, holdings.replicators, lane, lane_thread.statistics)
+        holdings.changed = publisher.tell_shards
+        failover = parts.failover = Failover(
+            self._name, shards, parts.promises, links, on_change=publisher.tell_shards
+        )
+        looking = ThreadRunner("repair")
+        repairer = parts.repairer = Repairer(self._name, shards, links, config.repair, looking)
+        mending = Mending(self._name, shards, looking).handlers() | {"repair": repairer.on_repair}
+        self._handlers |= {op: coded(handler) for op, handler in mending.items()}
+        steering = parts.steering = Steering(parts.members, links, shards, failover, repairer)
+        self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
+        parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
+        await supervisor.start(failover, name="failover")
+        snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
+        self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
+        await supervisor.start(snapshots, name="snapshots")
+        holdings.settle = lane.settle
+        holdings.fetcher = Fetcher(bytes_per_s=config.limits.snapshot_bytes_per_s, settle=lane.settle)
+        for shard in sorted(shards):
+            await holdings.start(shard, failover)
+        self._handlers["elect"] = failover.on_peer
+        duty = parts.duty = await open_duty(config.node.data_dir / "duty", parts.members, failover)
+        mover = parts.mover = Mover(
+            holdings, failover, parts.members, links, lambda: parts.layout, duty, config.cluster
+        )
+        orders = parts.orders = Orders(
+            parts.members, links, self._layouts, duty, failover, holdings, self._operations.shards
+        )
+        self._handlers |= mover.handlers() | orders.handlers()
+        await supervisor.start(mover, name="mover")
+        parts.offering = Offering(shards, links, ThreadRunner("tails"))
+        await supervisor.start(parts.offering, name="offering")
+        await supervisor.start(repairer, name="repairer")
+        parts.rebuilding = Rebuilding(holdings, failover, self._name, links.connected)
+        await supervisor.start(parts.rebuilding, name="rebuilding")
+        cluster = GossipCluster(
+            parts.members, placements, local, links, shards, holdings.replicators, parts.flags, duty.rests
+        )
         parts.coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
-        publisher = Publisher(parts.agent, shards, parts.replicators, lane, lane_thread.statistics)
-        watched = [
-            Watched(Health.DISK, f"the log of shard {s}", t.statistics) for s, t in sorted(logs.items())
-        ]
-        watched.append(Watched(Health.DEVICE, "the search lane", lane_thread.statistics))
-        parts.health = publisher.health = HealthWatch(watched, publisher.on_health)
+        device = Watched(Health.DEVICE, "the search lane", lane_thread.statistics)
+        parts.health = publisher.health = HealthWatch(
+            lambda: [*holdings.watched(), device], publisher.on_health
+        )
         await supervisor.start(parts.health, name="health")
         await supervisor.start(publisher, name="publisher")
         publisher.tell_shards()
+
+    def _hear_of_primaries(self, event: Event, failover: Failover) -> None:
+        """Who leads, for those who were away when it was told."""
+        if event.kind == "fact" and event.key not in (facts.PRIMARIES, facts.NODE):
+            return
+        for known in self._parts.members.others():
+            # Not before it has said its name: by that it is reached.
+            if known.id == event.id and known.alive and known.fact is not None:
+                for shard, epoch in known.led.items():
+                    actor = self._parts.shards.get(shard)
+                    if actor is not None:
+                        failover.hear(actor, epoch, known.name)
 
     def _app_server(self) -> AppServer:
         config = self._config
@@ -350,13 +412,3 @@ class Daemon:
         if parts.coordinator is None or parts.state != READY:
             raise RequestError("unavailable", f"{self._name} is not ready: {parts.state}; ask another node")
         return parts.coordinator.handle(request)
-
-
-async def _close(shards: dict[int, ShardActor], notifier: notify.Notifier) -> None:
-    async def close_one(actor: ShardActor) -> None:
-        await trio.to_thread.run_sync(actor.replica.close)
-        notifier.extend_timeout(SHARD_S, f"closed shard {actor.shard}")
-
-    async with trio.open_nursery() as nursery:
-        for actor in shards.values():
-            nursery.start_soon(close_one, actor)

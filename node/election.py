@@ -6,6 +6,7 @@
 * `own-epoch`: only `Lead` opens an epoch, and a machine that has just been made leads none, whatever its log says.
 * `lease`: a voter promises nothing for `lease_s` after it received a primary's stamp; the primary may acknowledge until 0.9 of
   that after the newest stamp that a majority has echoed. Stamps are the primary's own clock, so clocks need not agree.
+* A reluctant voter (its host is worked at) waits three times as long before it stands: it leads only where nobody else can.
 * `start-wait`: a voter promises nothing for `lease_s` after its own start.
 """
 
@@ -19,6 +20,13 @@ from random import Random
 from typing import NamedTuple
 
 from storage.records import Version
+
+# Far above what elections reach, and with room above it: epochs are u64 in logs and messages.
+EPOCH_MAX = 1 << 60
+# So much longer the others wait for a shard's first voter to open its first epoch.
+FOUNDING_S = 5.0
+# So much longer a reluctant voter waits, on top of the lease that all wait for.
+RELUCTANCE_LEASES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +105,11 @@ class Tell(NamedTuple):
 
 
 class Lead(NamedTuple):
-    """Open the epoch: append its record, fsync, and from then on write in it."""
+    """Open the epoch: append its record, fsync, and from then on write in it. changes: under the placement that `renew` or
+    `force` was asked for; without, under the present one."""
 
     epoch: int
+    changes: bool = False
 
 
 class StepDown(NamedTuple):
@@ -120,10 +130,21 @@ class _Candidacy:
     released: int
     asking: bool = True
     yes: set[str] = field(default_factory=set)
+    forced: bool = False
+    # Voters of the placement that the epoch is to be opened under (`overlap`): of those of them who vote already a majority must
+    # promise, too. One who comes has nothing to promise; it counts from the epoch's record on.
+    also: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Not when another epoch may lie between the settled one and this: its primary may have changed the voters in another
+        way, and majorities of the two need not meet."""
+        return self.forced or (bool(self.also) and self.epoch == self.released + 1)
 
 
 class Election:
-    """`last` tells where this replica's log ends, bytes that are being written included."""
+    """`last` tells where this replica's log may end, bytes that are being written included: by that it judges candidates.
+    `durable` tells where it ends for certain: that it claims as a candidate (the same, when nothing is said)."""
 
     def __init__(
         self,
@@ -135,10 +156,19 @@ class Election:
         last: Callable[[], Version],
         random: Random,
         now: float,
+        durable: Callable[[], Version] | None = None,
+        founding: bool = False,
+        owes: bool = True,
     ) -> None:
+        """founding: no log of this shard has a placement yet, so the first epoch takes the promises of *all* its voters: one
+        whose disk was replaced looks just the same. owes: this replica may have promised something before it started."""
         self._config, self.name, self._random, self._last = config, name, random, last
+        self._durable = durable or last
         self.voters = tuple(voters)
+        self._founding = founding
         self.role = Role.FOLLOWER
+        # Whether it stands only where nobody else has; in all else it is as any other.
+        self.reluctant = False
         self.promised = promised
         # The highest epoch heard of; a new one goes above it.
         self.seen = max(promised, last().epoch)
@@ -146,8 +176,8 @@ class Election:
         # The epoch that we lead, or whose primary we follow.
         self.epoch = 0
         # Until when we promise nothing, and to the primary of which epoch that is owed (0: our own start).
-        self._bound_until, self._bound_epoch = now + config.lease_s, 0
-        self._stand_at = now + config.lease_s + self._patience()
+        self._bound_until, self._bound_epoch = now + (config.lease_s if owes else 0.0), 0
+        self._stand_at = self._bound_until + self._patience()
         self._persisting: int = 0
         # Who is told when the promise is on disk.
         self._promise_to: str | None = None
@@ -155,7 +185,9 @@ class Election:
         self._leads_since = now
         # As primary: the newest stamp of ours that each voter has echoed.
         self._echoed: dict[str, float] = {}
+        self._lease_until = -math.inf
         self._resigned = False
+        self._measure_lease()
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -177,19 +209,46 @@ class Election:
         least = max(self.promised, self._persisting, self._last().epoch)
         return epoch >= least and self.role is not Role.PRIMARY
 
+    @property
+    def majority(self) -> int:
+        """How many voters' promises open an epoch."""
+        return len(self.voters) if self._founding else len(self.voters) // 2 + 1
+
+    def configure(self, voters: Iterable[str], *, founding: bool = False) -> None:
+        """The last placement in this replica's log names these voters."""
+        self.voters, self._founding = tuple(voters), founding
+        self._measure_lease()
+
     def _lease_ends(self) -> float:
+        return self._lease_until
+
+    def _measure_lease(self) -> None:
         """By our own clock: a majority's newest echo, our own being now."""
+        if self.name not in self.voters:
+            self._lease_until = -math.inf
+            return
+        needed = len(self.voters) // 2
+        if not needed:
+            self._lease_until = math.inf
+            return
+        if not self.voters:
+            self._lease_until = -math.inf  # no placement names anybody yet, as far as we know
+            return
         others = sorted((self._echoed.get(v, -math.inf) for v in self.voters if v != self.name), reverse=True)
-        needed = len(self.voters) // 2 + 1 - (self.name in self.voters)
-        if needed <= 0:
-            return math.inf
-        return others[needed - 1] + self._config.lease_use * self._config.lease_s
+        self._lease_until = others[needed - 1] + self._config.lease_use * self._config.lease_s
 
     # -- time -------------------------------------------------------------------------------------------------------
 
     def _patience(self) -> float:
         rank = self.voters.index(self.name) if self.name in self.voters else len(self.voters)
-        return rank * self._config.rank_s + self._random.random() * self._config.rank_s / 2
+        if self._founding and rank:
+            # All of them must be there anyway, so the one that is to lead can stand.
+            return FOUNDING_S * rank
+        rank_s = rank * self._config.rank_s + self._random.random() * self._config.rank_s / 2
+        reluctance = (
+            RELUCTANCE_LEASES * self._config.lease_s if self.reluctant and len(self.voters) > 1 else 0.0
+        )
+        return rank_s + reluctance
 
     def on_timer(self, now: float) -> list[Effect]:
         if now < self.next_deadline or self.name not in self.voters:
@@ -204,16 +263,16 @@ class Election:
 
     # -- standing ---------------------------------------------------------------------------------------------------
 
-    def _stand(self, now: float, released: int) -> list[Effect]:
+    def _stand(self, now: float, released: int, also: tuple[str, ...] = ()) -> list[Effect]:
         self.role = Role.CANDIDATE
         self.primary = None
         epoch = max(self.seen, self.promised, self._persisting, self._last().epoch) + 1
-        self._candidacy = _Candidacy(epoch, released, yes={self.name})
+        self._candidacy = _Candidacy(epoch, released, yes={self.name}, also=also)
         config = self._config
         self._stand_at = (
             now + config.candidacy_s + self._random.uniform(config.retry_min_s, config.retry_max_s)
         )
-        return self._tell_others(Ask(epoch, self._last(), released)) + self._count(now)
+        return self._tell_others(Ask(epoch, self._durable(), released)) + self._count(now)
 
     def _tell_others(self, message: Message) -> list[Effect]:
         return [Tell(voter, message) for voter in self.voters if voter != self.name]
@@ -231,26 +290,42 @@ class Election:
         candidacy = self._candidacy
         if candidacy is not None and candidacy.epoch == epoch:
             candidacy.yes.add(self.name)
-            return self._tell_others(Stand(epoch, self._last(), candidacy.released)) + self._count(now)
+            if candidacy.forced:
+                return self._count(now)
+            return self._tell_others(Stand(epoch, self._durable(), candidacy.released)) + self._count(now)
         if self._promise_to is not None:
             to, self._promise_to = self._promise_to, None
             return [Tell(to, Promise(epoch))]
         return []
 
+    def on_persist_failed(self, epoch: int, now: float) -> None:
+        """That promise could not be written: it was not given."""
+        if epoch == self._persisting:
+            self._persisting, self._promise_to = 0, None
+            if self.role is Role.CANDIDATE:
+                self.role, self._candidacy = Role.FOLLOWER, None
+            self._stand_at = now + self._config.lease_s + self._patience()
+
     def _count(self, now: float) -> list[Effect]:
         candidacy = self._candidacy
         assert candidacy is not None
-        if len(candidacy.yes & set(self.voters)) <= len(self.voters) // 2:
+        yes = candidacy.yes & set(self.voters)
+        staying = set(candidacy.also) & set(self.voters)
+        enough = len(yes) >= self.majority and (not staying or len(yes & staying) > len(staying) // 2)
+        if not enough and not candidacy.forced:
             return []
         if candidacy.asking:
             candidacy.asking, candidacy.yes = False, set()
+            # Who waits for a lesser promise will not be told of this one: it is ours.
+            self._promise_to = None
             self.seen = max(self.seen, candidacy.epoch)
             return self._persist(candidacy.epoch)
         self.role, self.epoch, self.primary = Role.PRIMARY, candidacy.epoch, self.name
         self._candidacy = None
         self._resigned = False
         self._leads_since, self._echoed = now, {}
-        return [Lead(self.epoch)]
+        self._measure_lease()
+        return [Lead(self.epoch, candidacy.changes)]
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -268,7 +343,8 @@ class Election:
             return self._on_refuse(message, now)
         if self.name not in self.voters or message.released < max(self.epoch, self.promised):
             return []
-        return self._stand(now, released=message.released)
+        effects = self._step_down(f"{sender} hands over", now) if self.role is Role.PRIMARY else []
+        return effects + self._stand(now, released=message.released)
 
     def _on_stand(self, sender: str, stand: Stand, now: float) -> list[Effect]:
         refusal = self._why_not(stand, now)
@@ -286,7 +362,7 @@ class Election:
         return effects + self._persist(stand.epoch)
 
     def _why_not(self, stand: Stand | Ask, now: float) -> Refuse | None:
-        promised = max(self.promised, self._persisting)
+        promised = max(self.promised, self._persisting, self._last().epoch)
         if self.name not in self.voters:
             return Refuse(stand.epoch, promised, "learner")
         if stand.epoch <= promised:
@@ -334,6 +410,7 @@ class Election:
     def on_echo(self, voter: str, stamp: float) -> None:
         """As primary: a voter's pull, in our epoch, carried this stamp of ours back."""
         self._echoed[voter] = max(stamp, self._echoed.get(voter, -math.inf))
+        self._measure_lease()
 
     def on_higher_epoch(self, epoch: int, now: float) -> list[Effect]:
         """Somebody speaks of an epoch above ours. If its candidate has failed, only a still higher epoch brings everybody
@@ -344,20 +421,57 @@ class Election:
         released = self.epoch
         return self._step_down(f"epoch {epoch} has been promised", now) + self._stand(now, released)
 
+    def on_leader(self, epoch: int, now: float) -> list[Effect]:
+        """Somebody has opened `epoch`. If it is above ours, that one leads, and we follow."""
+        self.seen = max(self.seen, epoch)
+        if self.role is not Role.PRIMARY or epoch <= self.epoch:
+            return []
+        return self._step_down(f"epoch {epoch} has been opened", now)
+
     def _step_down(self, reason: str, now: float) -> list[Effect]:
         epoch = self.epoch
         self.role, self.primary, self._candidacy = Role.FOLLOWER, None, None
         self._echoed = {}
+        self._measure_lease()
         self._resigned = False
         self._stand_at = now + self._config.lease_s + self._patience()
         return [StepDown(epoch, reason)]
 
+    def give_up(self, reason: str, now: float) -> list[Effect]:
+        """As primary: this replica cannot write (its disk is full, say); let another stand."""
+        return self._step_down(reason, now) if self.role is Role.PRIMARY else []
+
+    def renew(self, now: float, also: Iterable[str] = ()) -> list[Effect]:
+        """As primary of a settled epoch: stand again right above it, with our lease given up, to open one under a new placement,
+        whose voters are `also`. When that fails, or an epoch may have come between, `Lead` says that nothing changes."""
+        if self.role is not Role.PRIMARY:
+            return []
+        released = self.epoch
+        return self._step_down("its placement changes", now) + self._stand(now, released, tuple(also))
+
+    def force(self, epoch: int, now: float) -> list[Effect]:
+        """Open `epoch` without anybody's promise but our own. What that can lose, docs/ownership.md says."""
+        effects = self._step_down("forced elsewhere", now) if self.role is Role.PRIMARY else []
+        self.role, self.primary = Role.CANDIDATE, None
+        self._candidacy = _Candidacy(epoch, 0, asking=False, forced=True)
+        self.seen = max(self.seen, epoch)
+        self._stand_at = now + self._config.lease_s
+        return [*effects, *self._persist(epoch)]
+
     # -- handing over -----------------------------------------------------------------------------------------------
+
+    @property
+    def resigned(self) -> bool:
+        return self._resigned
 
     def resign(self) -> None:
         """No write is begun or acknowledged any more, so that the successor's log can become whole."""
         assert self.role is Role.PRIMARY
         self._resigned = True
+
+    def resume(self) -> None:
+        """The successor did not come level: write on."""
+        self._resigned = False
 
     def hand_over(self, to: str, now: float) -> list[Effect]:
         """The successor has everything: it may stand at once. Only after `resign`."""

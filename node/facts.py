@@ -4,8 +4,10 @@ Cold facts, one key each:
 
     node        msgpack map: `NodeFact`
     layout      the canonical bytes of the layout that this node goes by, in pieces (below)
+    primaries   u8 schema, then u16 shard and u32 epoch of each shard that this node leads
     shards      u8 schema, then u16 shard and u8 role (0 primary, 1 replica) each; the order of the lag bytes
     degraded    UTF-8: why this node should be avoided; absent when it is well
+    duty        `draining` or `maintenance`: what an operator has said of this node; absent when nothing
     waiting     8 bytes: `view_of` the names with which this node, which has no layout yet, would form a cluster
 
 `layout` is cut into pieces under the keys `layout`, `layout.1`, …: 8 bytes of the layout's hash, u8 number of pieces, then
@@ -36,6 +38,7 @@ import xxhash
 from router.layout import Layout, LayoutError, Member, layout_from
 
 NODE, LAYOUT, SHARDS, DEGRADED, WAITING = b"node", b"layout", b"shards", b"degraded", b"waiting"
+PRIMARIES, DUTY = b"primaries", b"duty"
 VALUE_BYTES_MAX = 1_000
 HOT_BYTES_MAX = 255
 LAYOUT_PIECES_MAX = 15
@@ -44,6 +47,7 @@ SCHEMA = 1
 DEPTH_UNIT, BATCH_UNIT_MS, LATE_UNIT_MS, LAG_UNIT_MS = 1.0, 0.1, 10.0, 10.0
 _PIECE = struct.Struct("<8sB")
 _ROLE = struct.Struct("<HB")
+_LED = struct.Struct("<HI")
 _HOT = struct.Struct("<BHBBBB")
 REPLICAS_MAX = HOT_BYTES_MAX - _HOT.size
 # A reason is for a person's eyes; its end can go.
@@ -163,6 +167,21 @@ def unpack_shards(value: bytes) -> list[Held]:
     if (len(value) - 1) % _ROLE.size:
         raise FactError("a list of shards that is cut off")
     return [Held(shard, role == 0) for shard, role in _ROLE.iter_unpack(value[1:])]
+
+
+def pack_primaries(led: Mapping[int, int]) -> bytes:
+    """led: shard → epoch. What does not fit is left out: who leads those is asked of their voters."""
+    listed = sorted(led.items())[: (VALUE_BYTES_MAX - 1) // _LED.size]
+    return bytes([SCHEMA]) + b"".join(_LED.pack(shard, min(epoch, 0xFFFFFFFF)) for shard, epoch in listed)
+
+
+def unpack_primaries(value: bytes) -> dict[int, int]:
+    """Shard → epoch; empty for a schema that this build does not know. Raises FactError."""
+    if not value or value[0] != SCHEMA:
+        return {}
+    if (len(value) - 1) % _LED.size:
+        raise FactError("a list of primaries that is cut off")
+    return dict(_LED.iter_unpack(value[1:]))
 
 
 def shards_fingerprint(value: bytes) -> int:

@@ -63,3 +63,12 @@ def cut_at(told: Version, starts: EpochStarts, last: int) -> Version:
     if ours.epoch < told.epoch:
         return ours  # we do not hold that epoch at all: ask again from the end of the one before
     return Version(ours.epoch, min(ours.sequence, told.sequence))
+
+
+def shared_end(ours: EpochStarts, our_last: int, theirs: EpochStarts, their_last: int) -> int:
+    """The last sequence of a log of ours, which ends at `our_last`, that is provably in theirs: what follows it is not."""
+    for epoch, _ in reversed(list(ours)):
+        mine, other = ours.up_to(epoch, our_last), theirs.up_to(epoch, their_last)
+        if mine.epoch == other.epoch == epoch:
+            return min(mine.sequence, other.sequence)
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,25 +28,64 @@ def tell(members: Members, layout: Layout) -> None:
         members.gossip.set_fact(key, value)
 
 
-async def form(members: Members, path: Path, cluster: str, say: Callable[[str], None]) -> Layout:
+class Founding:
+    """An operator's word that this node, which waits for a layout, makes the first one: `gmco cluster init`."""
+
+    def __init__(self) -> None:
+        self.layout: Layout | None = None
+        self.wake: Callable[[], None] = lambda: None
+        self._settled = trio.Event()
+        self._made: Layout | None = None
+
+    async def found(self, layout: Layout, timeout_s: float) -> str:
+        """Why it was not made; empty when it was."""
+        if self.layout is not None:
+            return "another init is under way on this node"
+        self.layout = layout
+        self.wake()
+        with trio.move_on_after(timeout_s):
+            await self._settled.wait()
+        self.layout = None
+        if self._made is None:
+            return "this node has not come to it in time: see its state in `gmco status`"
+        if self._made.hash != layout.hash:
+            return f"this node has gone by layout {self._made.hash} meanwhile, which others have made"
+        return ""
+
+    def settle(self, layout: Layout) -> None:
+        """This node goes by a layout now."""
+        self._made = layout
+        self._settled.set()
+
+
+async def form(
+    members: Members, path: Path, cluster: str, founding: Founding, say: Callable[[str], None]
+) -> Layout:
     """Waits until there is a layout, writes it to the disk, tells it, and returns it. `say`: what it waits for.
 
     Raises OSError when it cannot be written; then nobody has heard of it.
     """
     news = trio.Event()
 
-    def on_event(_event: Event) -> None:
+    def on_event(_event: Event | None) -> None:
         news.set()
 
     members.watch.append(on_event)
+    founding.wake = lambda: on_event(None)
+    # One for all tries: the same founders make the same bytes.
+    cluster_id = secrets.token_hex(16)
     said: bytes = b""
     refused = ""
     try:
         while True:
             news = trio.Event()
-            step = bootstrap.decide(members.own, [seen(one) for one in members.others()])
+            others = [seen(one) for one in members.others()]
+            step = bootstrap.decide(members.own, others, id=f"{members.own_id:016x}", cluster_id=cluster_id)
+            if isinstance(step, Wait) and founding.layout is not None:
+                step = Create(founding.layout)
             if isinstance(step, Adopt | Create):
                 await _keep(members, path, cluster, step)
+                founding.settle(step.layout)
                 return step.layout
             view = step.view if isinstance(step, Wait) else b""
             if view != said:
@@ -85,6 +125,11 @@ class LayoutGuard:
         members.watch.append(self._on_event)
         self._look()
 
+    def go_by(self, layout: Layout) -> None:
+        """This node goes by a later layout."""
+        self._layout = layout
+        self._look()
+
     def _on_event(self, event: Event) -> None:
         if event.kind == "left" or event.key.startswith(facts.LAYOUT):
             self._look()
@@ -100,6 +145,7 @@ class LayoutGuard:
 def seen(known: Known) -> Seen:
     return Seen(
         alive=known.alive,
+        id=f"{known.id:016x}",
         fact=known.fact,
         layout=known.layout,
         partial=known.layout_partial,

@@ -55,12 +55,15 @@ class _Pending:
 
 
 class HealthWatch:
-    """An actor: looks each TICK_S; calls `changed(flags, reasons)` when the flags change."""
+    """An actor: looks each TICK_S; calls `changed(flags, reasons)` when the flags change. `watched` may change, too."""
 
-    def __init__(self, watched: Sequence[Watched], changed: Callable[[Health, Sequence[str]], None]) -> None:
+    def __init__(
+        self, watched: Callable[[], Sequence[Watched]], changed: Callable[[Health, Sequence[str]], None]
+    ) -> None:
         self.flags = Health(0)
         self.reasons: list[str] = []
-        self._watched = [(one, _Pending()) for one in watched]
+        self._watched = watched
+        self._pending: dict[str, _Pending] = {}
         self._changed = changed
         self._late: deque[float] = deque(maxlen=64)
         self._worst_s = 0.0
@@ -87,7 +90,10 @@ class HealthWatch:
         while self._late and now - self._late[0] > LATE_WINDOW_S:
             self._late.popleft()
         flags, reasons = Health(0), []
-        for one, pending in self._watched:
+        watched = self._watched()
+        self._pending = {one.what: self._pending.get(one.what) or _Pending() for one in watched}
+        for one in watched:
+            pending = self._pending[one.what]
             if late_s > UNFAIR_S and pending.since is not None:
                 pending.since += late_s
             taken_s = pending.look(one.statistics(), now)

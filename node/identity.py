@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from node import checked
 from storage.disk import write_atomically
 from storage.errors import ForeignDataError, FormatError, StorageError
 
@@ -66,13 +66,13 @@ def _identify(file: Path, *, name: str, cluster: str) -> Identity:
     node_id, boots = secrets.token_hex(16), 0
     if file.exists():
         try:
-            known = json.loads(file.read_text())
+            known = checked.decode(file.read_bytes())
             version = known["format"]
             owner = (known["name"], known["cluster"])
             node_id, boots = str(known["node_id"]), int(known["boots"])
         except (ValueError, KeyError, TypeError) as error:
             raise ForeignDataError(
-                f"{file} is not a node.id file; give node.data_dir an empty directory"
+                f"{file} is not a node.id file, or damaged: {error}; restore it, or give node.data_dir an empty directory"
             ) from error
         if version != FORMAT:
             raise FormatError(f"{file} has format {version}, this build knows {FORMAT}")
@@ -87,5 +87,5 @@ def _identify(file: Path, *, name: str, cluster: str) -> Identity:
         )
     boots += 1
     fields = {"format": FORMAT, "node_id": node_id, "boots": boots, "name": name, "cluster": cluster}
-    write_atomically(file, json.dumps(fields).encode() + b"\n")
+    write_atomically(file, checked.encode(fields))
     return Identity(node_id, boots)

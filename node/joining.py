@@ -1,4 +1,4 @@
-"""What a node brings to gossip: its keys, its agent, and what it says of itself."""
+"""What a node brings to the others: gossip's keys and agent, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gossip.messages import Address as GossipAddress
 from node.config import Address, Config
 from node.facts import NodeFact
 from node.identity import DataDirectory
+from node.peerlink import Hello
 
 log = structlog.get_logger(__name__)
 
@@ -62,4 +63,17 @@ def node_fact(config: Config, reached_at: str) -> NodeFact:
         metric=storage.metric,
         class_width=storage.class_width,
         bootstrap=cluster.bootstrap,
+    )
+
+
+def hello(config: Config, boot: int) -> Hello:
+    """What both ends of a link to this node must agree on, and who speaks."""
+    return Hello(
+        cluster_id=config.cluster.id,
+        node=config.node.name,
+        shard_count=config.cluster.shard_count,
+        dim=config.storage.dim,
+        metric=config.storage.metric,
+        class_width=config.storage.class_width,
+        boot=boot,
     )

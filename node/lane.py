@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import outcome
 import structlog
 import trio
 
 from node.blocking import Runner
-from node.commit import GroupCommit
+from node.commit import CommitStoppedError, GroupCommit, OverloadedError, Ticket
+from node.pending import Deadlines
 from router import merge
-from storage.errors import StorageError
+from storage.errors import DamagedError, StorageError
 from storage.replica import Replica
 from storage.view import ClassConstraint, Hits
 
@@ -42,6 +44,13 @@ class LaneReply(NamedTuple):
     failed: dict[int, str]  # shard → error code
 
 
+LaneTicket = Ticket[LaneAsk, LaneReply]
+
+
+class LaneTimeoutError(Exception):
+    """The search took longer than its time limit."""
+
+
 class SearchLane:
     """Natural batching: what arrives while a batch runs is the next batch."""
 
@@ -50,6 +59,7 @@ class SearchLane:
         self._commit: GroupCommit[LaneAsk, LaneReply] = GroupCommit(
             self._flush, waiting_max=queue_max, batch_max=BATCH_MAX
         )
+        self._deadlines: Deadlines[LaneTicket] = Deadlines(_expire)
         self._counters = {"searches": 0, "batches": 0, "engine_cpu_ns": 0}
 
     def statistics(self) -> dict[str, int]:
@@ -61,10 +71,31 @@ class SearchLane:
         return self._commit.statistics().waiting
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        await self._commit.run(task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._deadlines.run)
+            await self._commit.run(task_status=task_status)
 
-    async def search(self, ask: LaneAsk) -> LaneReply:
-        return await self._commit.submit(ask)
+    def begin(self, ask: LaneAsk, timeout_s: float) -> LaneTicket:
+        """The search waits for the next batch from now on. Raises OverloadedError, CommitStoppedError.
+
+        Waiting for its reply raises LaneTimeoutError after `timeout_s`.
+        """
+        ticket = self._commit.begin(ask)
+        self._deadlines.add(ticket, timeout_s)
+        return ticket
+
+    async def settle(self) -> None:
+        """Returns when every search that was asked before has ended."""
+        nothing = LaneAsk((), np.empty(0, np.float16), 0, ClassConstraint(), False)
+        while True:
+            try:
+                await self._commit.submit(nothing)
+            except OverloadedError as error:
+                await trio.sleep(error.retry_after_ms / 1000)
+            except CommitStoppedError:
+                return  # nobody searches
+            else:
+                return
 
     async def _flush(self, asks: list[LaneAsk]) -> list[LaneReply | Exception]:
         return await self._runner(self._run_batch, asks)
@@ -101,35 +132,59 @@ class SearchLane:
         self._counters["engine_cpu_ns"] += time.thread_time_ns() - begun
         self._counters["batches"] += 1
         self._counters["searches"] += len(asks)
-        replies: list[LaneReply | Exception] = []
-        for ask, parts, lost in zip(asks, found, failed, strict=True):
-            try:
-                replies.append(_reply(ask, parts, lost))
-            except Exception as error:
-                replies.append(error)
-        return replies
+        return _replies(asks, found, failed)
 
 
-def _reply(ask: LaneAsk, parts: list[tuple[Replica, Hits]], failed: dict[int, str]) -> LaneReply:
-    while True:
-        best = merge.top([(hits.ids, hits.scores) for _, hits in parts], ask.k)
-        if not ask.metadata:
-            return LaneReply(best.ids, best.scores, None, failed)
-        metadata: list[bytes] = [b""] * len(best.ids)
-        damaged: list[int] = []
-        for origin, (replica, _) in enumerate(parts):
-            places = np.flatnonzero(best.origin == origin)
-            if not len(places):
-                continue
-            try:
-                packed = replica.metadata(best.ids[places].tolist())
-            except StorageError as error:
-                failed[replica.shard] = error.code
-                damaged.append(origin)
-                continue
-            for place, data in zip(places.tolist(), packed, strict=True):
-                metadata[place] = data
-        if not damaged:
-            return LaneReply(best.ids, best.scores, metadata, failed)
-        # A damaged shard leaves the answer; what it crowded out of the top k comes back.
-        parts = [part for origin, part in enumerate(parts) if origin not in damaged]
+def _expire(ticket: LaneTicket) -> None:
+    ticket.abandon()
+    ticket.settle(outcome.Error(LaneTimeoutError("the search took longer than its time limit")))
+
+
+def _replies(
+    asks: Sequence[LaneAsk], found: list[list[tuple[Replica, Hits]]], failed: list[dict[int, str]]
+) -> list[LaneReply | Exception]:
+    """Of what was found for each ask in each replica, the best; all asks of the batch together, which costs a quarter."""
+    replies: dict[int, LaneReply] = {}
+    todo: Sequence[int] = range(len(asks))
+    while todo:
+        merged = merge.tops(
+            [([(hits.ids, hits.scores) for _, hits in found[place]], asks[place].k) for place in todo]
+        )
+        # Of each hit that wants metadata, in order: its replica, and its id.
+        wanted: dict[Replica, list[int]] = {}
+        owners: dict[int, list[Replica]] = {}
+        for place, best in zip(todo, merged, strict=True):
+            if asks[place].metadata:
+                of = [replica for replica, hits in found[place] for _ in range(len(hits.ids))]
+                owners[place] = [of[at] for at in best.places.tolist()]
+                for replica, id in zip(owners[place], best.ids.tolist(), strict=True):
+                    wanted.setdefault(replica, []).append(id)
+        packed = {replica: iter(_metadata(replica, ids)) for replica, ids in wanted.items()}
+        again = []
+        for place, best in zip(todo, merged, strict=True):
+            metadata: list[bytes] | None = None
+            if place in owners:
+                metadata, damaged = [], set()
+                for replica in owners[place]:
+                    one = next(packed[replica])
+                    if one is None:
+                        damaged.add(replica)
+                    else:
+                        metadata.append(one)
+                if damaged:
+                    # A damaged shard leaves the answer; what it crowded out of the top k comes back.
+                    found[place] = [part for part in found[place] if part[0] not in damaged]
+                    failed[place] |= dict.fromkeys([replica.shard for replica in damaged], DamagedError.code)
+                    again.append(place)
+                    continue
+            replies[place] = LaneReply(best.ids, best.scores, metadata, failed[place])
+        todo = again
+    return [replies[place] for place in range(len(asks))]
+
+
+def _metadata(replica: Replica, ids: list[int]) -> Sequence[bytes | None]:
+    try:
+        return replica.metadata(ids)
+    except StorageError:
+        log.exception("metadata cannot be read", shard=replica.shard)
+        return [None] * len(ids)

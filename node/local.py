@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
 from node.commit import OverloadedError
-from node.lane import LaneAsk, SearchLane
+from node.lane import LaneAsk, LaneTicket, LaneTimeoutError, SearchLane
 from node.replicator import Replicator
 from node.shard import ShardActor
 from router.ports import Answers, NodeError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
 from router.requests import Session
 from router.ring import shard_of
-from storage.errors import StorageError
+from storage.errors import DamagedError, StorageError
 from storage.records import Kind
 
 RETRY_AFTER_MS = 50
@@ -33,41 +33,59 @@ class LocalNode:
         lane: SearchLane,
         shard_count: int,
     ) -> None:
-        """followers: of the shards that this node is not the primary of; read at each answer, so may be filled later."""
+        """followers: of all shards; read at each answer, so may be filled later."""
         self._shards = shards
         self._followers = followers
         self._lane = lane
         self._shard_count = shard_count
 
-    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
-        failed: dict[int, str] = {}
-        shards = ask.shards
+    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
+        # A session may have to wait for its shards first; everybody else is in the lane when this returns.
         if ask.session:
-            failed = await self._behind(shards, ask.session, timeout_s)
+            return self._search_after(ask, timeout_s)
+        failed: dict[int, str] = {}
+        return self._found(ask.shards, failed, self._begin(ask, failed, timeout_s))
+
+    async def _search_after(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+        deadline = trio.current_time() + timeout_s
+        failed = await self._behind(ask.shards, ask.session, timeout_s)
+        ticket = self._begin(ask, failed, deadline - trio.current_time())
+        return await self._found(ask.shards, failed, ticket)
+
+    def _begin(self, ask: SearchAsk, failed: dict[int, str], timeout_s: float) -> LaneTicket:
+        """Into the lane, without the shards in `failed`, to which those are added that are not here."""
         replicas = []
-        for shard in shards:
+        for shard in ask.shards:
             actor = self._shards.get(shard)
             if actor is None:
                 failed[shard] = "unavailable"
+            elif actor.unreadable:
+                failed[shard] = actor.unreadable
             elif shard not in failed:
                 replicas.append(actor.replica)
         try:
-            with trio.fail_after(timeout_s):
-                reply = await self._lane.search(
-                    LaneAsk(replicas, ask.query, ask.k, ask.constraint, ask.metadata)
-                )
-        except trio.TooSlowError as error:
-            raise NodeError("deadline_exceeded", "the search took longer than its time limit") from error
+            return self._lane.begin(
+                LaneAsk(replicas, ask.query, ask.k, ask.constraint, ask.metadata), timeout_s
+            )
         except OverloadedError as error:
             raise NodeError("overloaded", str(error), RETRY_AFTER_MS) from error
+
+    async def _found(self, shards: Sequence[int], failed: dict[int, str], ticket: LaneTicket) -> SearchReply:
+        try:
+            reply = await ticket.wait()
+        except LaneTimeoutError as error:
+            raise NodeError("deadline_exceeded", str(error)) from error
         failed |= reply.failed
-        age_ms = self._age_ms(shard for shard in shards if shard not in failed)
+        for shard, code in reply.failed.items():
+            if code == DamagedError.code and shard in self._shards:
+                self._shards[shard].harm(DamagedError(f"shard-{shard:03}", None, "a search found it"))
+        age_ms = self._age_ms([shard for shard in shards if shard not in failed])
         return SearchReply(reply.ids, reply.scores, reply.metadata, failed, age_ms)
 
     def _age_ms(self, shards: Iterable[int]) -> int:
         """Whoever asked, this node knows best how far its own replicas are behind."""
         followers = self._followers
-        return max((followers[shard].age_ms for shard in shards if shard in followers), default=0)
+        return max([followers[shard].age_ms for shard in shards if shard in followers], default=0)
 
     async def _behind(self, shards: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
         """The shards that have not applied what the session has seen. Waits half the time: another may be ahead."""
@@ -105,11 +123,15 @@ class LocalNode:
         actor = self._shards.get(shard)
         if actor is None:
             return "unavailable"
+        if actor.unreadable:
+            return actor.unreadable
         if shard in behind:
             return behind[shard]
         try:
             row = actor.replica.get(kind, id_)
         except StorageError as error:
+            if isinstance(error, DamagedError):
+                actor.harm(error)
             return error.code
         if row is None:
             return None
@@ -160,5 +182,6 @@ class LocalNode:
         except OverloadedError as error:
             return WriteReply(ask.shard, 0, 0, ("overloaded", str(error), RETRY_AFTER_MS))
         except NodeError as error:
-            return WriteReply(ask.shard, 0, 0, (error.code, error.message, error.retry_after_ms))
+            hint = actor.hint[1] if error.code == "no_primary" else ""
+            return WriteReply(ask.shard, 0, 0, (error.code, error.message, error.retry_after_ms), hint)
         return WriteReply(ask.shard, version.epoch, version.sequence, None)

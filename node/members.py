@@ -53,9 +53,13 @@ class Known:
         told = gossip.facts(view.id)
         self.view_of_cluster = told.get(facts.WAITING, b"")
         self.reason = facts.reason_text(told.get(facts.DEGRADED, b""))
+        self.order = facts.reason_text(told.get(facts.DUTY, b""))
         self.layout, self.layout_partial = _layout(told, self.name)
         shards = told.get(facts.SHARDS, b"")
         self.held = _held(shards, self.name)
+        # Not before it has started; then it may hold what `held` does not say.
+        self.tells_shards = bool(shards)
+        self.led = _led(told.get(facts.PRIMARIES, b""), self.name)
         self._fingerprint = facts.shards_fingerprint(shards)
         self._hot_bytes = b""
         self._hot: Hot | None = None
@@ -111,6 +115,11 @@ class Members:
         self._all: list[Known] = []
         # Of those who have left, too: what is said of them later should name them.
         self._names: dict[int, str] = {}
+        # Ids of those who said good-bye, or of whom an operator said that they will not come back.
+        self._left: dict[int, None] = {}
+        self._led: dict[int, tuple[int, str]] = {}
+        self._holders: dict[int, list[str]] = {}
+        self._generation = 0
         self._old = True
         # Whose facts must be read again; parsing those of everybody at each event would cost a large cluster seconds.
         self._changed: set[int] = set()
@@ -120,6 +129,10 @@ class Members:
     def _on_event(self, event: Event) -> None:
         self._old = True
         self._changed.add(event.id)
+        if event.kind == "left":
+            self._left[event.id] = None
+        elif event.kind != "fact":
+            self._left.pop(event.id, None)
         for told in self.watch:
             told(event)
 
@@ -155,6 +168,29 @@ class Members:
             self._read()
         return self._names.get(id, f"{id:016x}")
 
+    def has_left(self, name: str) -> bool:
+        """Whether a member of that name was there and left; False when we have never heard of one."""
+        return name not in self and any(self._names.get(id) == name for id in self._left)
+
+    @property
+    def generation(self) -> int:
+        """Another number whenever the table has been read anew."""
+        if self._old:
+            self._read()
+        return self._generation
+
+    def holders(self, shard: int) -> list[str]:
+        """Living members that say they have a replica of that shard, by name."""
+        if self._old:
+            self._read()
+        return self._holders.get(shard, [])
+
+    def primary(self, shard: int) -> str:
+        """Who says, in the greatest epoch, that it leads that shard; empty when nobody does."""
+        if self._old:
+            self._read()
+        return self._led.get(shard, (0, ""))[1]
+
     def _read(self) -> None:
         self._old = False
         before, self._by_id = self._by_id, {}
@@ -169,12 +205,21 @@ class Members:
             self._by_id[view.id] = known
             if known.fact is not None:
                 self._names[view.id] = known.name
-        while len(self._names) > NAMES_MAX:
-            del self._names[next(iter(self._names))]
+        for kept in (self._names, self._left):
+            while len(kept) > NAMES_MAX:
+                kept.pop(next(iter(kept)))
         self._changed.clear()
         self._all = list(self._by_id.values())
         self._all.sort(key=lambda one: (one.name, not one.alive, one.id))
         self._by_name = {}
+        self._generation += 1
+        self._led, self._holders = {}, {}
+        for one in self._all:
+            if one.alive and one.fact is not None:
+                for held in one.held:
+                    self._holders.setdefault(held.shard, []).append(one.name)
+                for shard, epoch in one.led.items():
+                    self._led[shard] = max((epoch, one.name), self._led.get(shard, (0, "")))
         claimed: dict[str, list[int]] = {}
         for one in self._all:
             self._by_name.setdefault(one.name, one)
@@ -232,6 +277,14 @@ def _layout(told: Mapping[bytes, bytes], name: str) -> tuple[Layout | None, bool
         _tell_refused(name, error)
         return None, True
     return layout, layout is None and bool(told.get(facts.LAYOUT))
+
+
+def _led(primaries: bytes, name: str) -> dict[int, int]:
+    try:
+        return facts.unpack_primaries(primaries)
+    except facts.FactError as error:
+        _tell_refused(name, error)
+        return {}
 
 
 def _held(shards: bytes, name: str) -> list[Held]:

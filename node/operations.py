@@ -9,9 +9,24 @@ import structlog
 
 from node.history import History
 from node.keyrings import Keyrings
-from node.status import Parts, whole_status
+from node.layouts import Layouts
+from node.orders import Orders
+from node.status import Parts, own_status, whole_status
+from node.steering import Steering
 from router.errors import RequestError
-from router.operating import Events, ForgetNode, Keyring, Operating, Status
+from router.operating import (
+    Cluster,
+    Events,
+    FailOver,
+    ForgetNode,
+    Keyring,
+    Maintenance,
+    Moves,
+    Operating,
+    Repair,
+    Shards,
+    Status,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -19,8 +34,8 @@ log = structlog.get_logger(__name__)
 class Operations:
     """Answers what does not need shards, so that a node that waits can be asked what for."""
 
-    def __init__(self, parts: Parts, history: History, keyrings: Keyrings) -> None:
-        self._parts, self._history, self._keyrings = parts, history, keyrings
+    def __init__(self, parts: Parts, history: History, keyrings: Keyrings, layouts: Layouts) -> None:
+        self._parts, self._history, self._keyrings, self._layouts = parts, history, keyrings, layouts
 
     def handle(self, request: Operating) -> dict[str, Any] | Awaitable[dict[str, Any]]:
         """The reply's fields. Raises RequestError."""
@@ -33,6 +48,40 @@ class Operations:
                 return self._forget(name)
             case Keyring():
                 return self._keyrings.apply(request)
+            case Shards():
+                return self.shards()
+            case FailOver():
+                return self._steering().apply(request)
+            case Repair():
+                return self._steering().repair(request)
+            case Cluster():
+                return self._layouts.handle(request)
+            case Moves():
+                return self._orders().handle(request)
+            case Maintenance():
+                return self._orders().maintenance(request)
+
+    def _steering(self) -> Steering:
+        if self._parts.steering is None:
+            raise self._not_ready()
+        return self._parts.steering
+
+    def _orders(self) -> Orders:
+        if self._parts.orders is None:
+            raise self._not_ready()
+        return self._parts.orders
+
+    def _not_ready(self) -> RequestError:
+        return RequestError(
+            "unavailable", f"{self._parts.name} is not ready: {self._parts.state}; ask another node"
+        )
+
+    async def shards(self) -> dict[str, Any]:
+        """Every replica of every node. Raises RequestError."""
+        others = await self._steering().shards()
+        own = [{**row, "node": self._parts.name} for row in own_status(self._parts)["shards"]]
+        rows = sorted(own + others["replicas"], key=lambda row: (row["shard"], row["node"]))
+        return {"replicas": rows, "silent": others["silent"]}
 
     async def _events(self, after: int, wait_s: float) -> dict[str, Any]:
         found = await self._history.read(after, wait_s)

@@ -5,14 +5,12 @@
     reply = await link.call("search", body, timeout_s=0.03)
 
 A call costs one trio wait: its message joins what is queued, one write carries everything waiting, and the
-reader wakes the caller directly. Deadlines sit in one heap with one timer, because a cancel scope per call
-costs more than the call. The other end is `node/peerlistener.py`.
+reader wakes the caller directly. `begin` asks without waiting, so that one task can ask many peers. The other end is
+`node/peerlistener.py`.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -37,6 +35,7 @@ from node.frames import (
 )
 from node.peerconn import Connection, FrameTooLargeError, PeerLimits
 from node.peerlistener import Handler, PeerListener
+from node.pending import Deadlines, Pending
 
 __all__ = [
     "Handler",
@@ -100,11 +99,18 @@ class RemoteError(PeerError):
         super().__init__(f"{code}: {message}")
 
 
-class _Call:
-    __slots__ = ("frame", "task", "timeout_s")
+class Call(Pending[Any]):
+    """A question that is under way; `wait` for its answer. One that nobody waits for ends by its deadline."""
 
-    def __init__(self, task: trio.lowlevel.Task, frame: int, timeout_s: float) -> None:
-        self.task, self.frame, self.timeout_s = task, frame, timeout_s
+    __slots__ = ("_calls", "_id", "frame", "timeout_s")
+
+    def __init__(self, calls: dict[int, Call], id: int, frame: int, timeout_s: float) -> None:
+        super().__init__()
+        self._calls, self._id = calls, id
+        self.frame, self.timeout_s = frame, timeout_s
+
+    def abandon(self) -> None:
+        del self._calls[self._id]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +156,9 @@ class PeerLink:
         self._jitter = jitter or random.Random()
         self._conn: Connection | None = None
         self._up = trio.Event()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._ids = count(1)
-        self._due: list[tuple[float, int]] = []
-        self._sweep = trio.CancelScope()
+        self._deadlines: Deadlines[Call] = Deadlines(self._expire)
         self._backoff_s = BACKOFF_MIN_S
         self._last_error = "not connected yet"
         self._called = self._connects = self._failed = self._overloaded = self._timeouts = 0
@@ -181,6 +186,10 @@ class PeerLink:
         the handler's code; TypeError when `body` cannot be packed.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        return await self.begin(op, body, timeout_s).wait()
+
+    def begin(self, op: str, body: Any, timeout_s: float) -> Call:
+        """Sends the question now, for somebody to wait for its answer. Raises what `call` raises before it waits."""
         conn = self._conn
         if conn is None or conn.closed:
             raise PeerGoneError(self.name, self._last_error, sent=False)
@@ -193,20 +202,15 @@ class PeerLink:
             frame = conn.send(REQUEST, request_id, op, body)
         except FrameTooLargeError as error:
             raise PeerTooLargeError(f"the request {op} to {self.name} is too large: {error}") from error
-        calls[request_id] = _Call(trio.lowlevel.current_task(), frame, timeout_s)
+        call = calls[request_id] = Call(calls, request_id, frame, timeout_s)
         self._called += 1
-        self._expire_at(trio.current_time() + timeout_s, request_id)
-
-        def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
-            del calls[request_id]
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        return await trio.lowlevel.wait_task_rescheduled(abort)
+        self._deadlines.add(call, timeout_s)
+        return call
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         """Connects, and connects again forever. Started at once: a peer that is down holds nobody up."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._expire_forever)
+            nursery.start_soon(self._deadlines.run)
             task_status.started()
             await self._connect_forever()
         raise AssertionError("unreachable")
@@ -286,13 +290,13 @@ class PeerLink:
         if call is None:
             return  # its caller has given up
         if kind == REPLY:
-            trio.lowlevel.reschedule(call.task, outcome.Value(body))
+            call.settle(outcome.Value(body))
             return
         if kind == ERROR and type(body) is list and len(body) == 2:
             message, retry_after_ms = str(body[0]), body[1]
             if type(retry_after_ms) is not int:
                 retry_after_ms = None
-            trio.lowlevel.reschedule(call.task, outcome.Error(RemoteError(op, message, retry_after_ms)))
+            call.settle(outcome.Error(RemoteError(op, message, retry_after_ms)))
             return
         self._calls[request_id] = call
         raise ProtocolError(f"a message of unknown type {kind}")
@@ -301,32 +305,14 @@ class PeerLink:
         """Tells every waiter at once that the connection is gone."""
         calls = list(self._calls.values())
         self._calls.clear()
-        self._due.clear()
+        self._deadlines.clear()
         for call in calls:
-            error = PeerGoneError(self.name, reason, sent=call.frame <= taken)
-            trio.lowlevel.reschedule(call.task, outcome.Error(error))
+            call.settle(outcome.Error(PeerGoneError(self.name, reason, sent=call.frame <= taken)))
 
-    def _expire_at(self, deadline: float, request_id: int) -> None:
-        due = self._due
-        if len(due) > 2 * len(self._calls) + 1_024:
-            # Entries of finished calls stay until they come up; with long timeouts that would be a leak.
-            due[:] = [entry for entry in due if entry[1] in self._calls]
-            heapq.heapify(due)
-        heapq.heappush(due, (deadline, request_id))
-        if deadline < self._sweep.deadline:
-            self._sweep.deadline = deadline
-
-    async def _expire_forever(self) -> None:
-        while True:
-            with trio.CancelScope(deadline=self._due[0][0] if self._due else math.inf) as self._sweep:
-                await trio.sleep_forever()
-            now = trio.current_time()
-            while self._due and self._due[0][0] <= now:
-                call = self._calls.pop(heapq.heappop(self._due)[1], None)
-                if call is not None:
-                    self._timeouts += 1
-                    error = PeerTimeoutError(self.name, call.timeout_s)
-                    trio.lowlevel.reschedule(call.task, outcome.Error(error))
+    def _expire(self, call: Call) -> None:
+        call.abandon()
+        self._timeouts += 1
+        call.settle(outcome.Error(PeerTimeoutError(self.name, call.timeout_s)))
 
     def statistics(self) -> PeerLinkStatistics:
         conn = self._conn

@@ -1,8 +1,7 @@
 """Answering other nodes: accepts peer links, runs handlers, sends what they return.
 
 A handler is called as `handler(peer_name, body)`. A plain function is answered on the spot, without a task;
-a coroutine is run by one of the connection's workers, which stay for the next request because waking a task
-is cheaper than starting one. When a connection ends, its running handlers are cancelled.
+a coroutine is run by one of the connection's workers. When a connection ends, its running handlers are cancelled.
 
 An exception with a `code` (and perhaps `retry_after_ms`) becomes that error at the caller; any other is
 logged and becomes `internal`, without its text.
@@ -11,12 +10,11 @@ logged and becomes `internal`, without its text.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Container, Mapping
+from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
 from dataclasses import dataclass
 from types import CoroutineType
 from typing import Any, NoReturn
 
-import outcome
 import structlog
 import trio
 
@@ -35,10 +33,10 @@ from node.frames import (
     unpack_hello,
 )
 from node.peerconn import Connection, FrameTooLargeError, PeerLimits
+from node.workers import Workers
 
 Handler = Callable[[str, Any], Awaitable[Any] | Any]
-# Workers kept waiting per connection; the rest end when their request is answered.
-IDLE_WORKERS_MAX = 64
+_Job = tuple[int, str, Coroutine[Any, Any, Any]]
 POLL_S = 0.02
 COMPLAIN_S = 1.0
 
@@ -217,13 +215,13 @@ class _Session:
         self.in_flight = 0
         self._listener = listener
         self._limit = listener._limits.requests_in_flight
-        self._idle: list[trio.lowlevel.Task] = []
-        self._nursery: trio.Nursery | None = None
+        self._workers: Workers[_Job]
 
     async def run(self) -> str:
-        async with trio.open_nursery() as self._nursery:
+        async with trio.open_nursery() as nursery:
+            self._workers = Workers(nursery, self._work)
             reason = await self.conn.run(self._on_message)
-            self._nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
         return reason
 
     def _on_message(self, kind: int, request_id: int, op: str, body: Any) -> None:
@@ -254,32 +252,18 @@ class _Session:
             self._answer(request_id, op, result)
             return
         self.in_flight += 1
-        if self._idle:
-            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value((request_id, op, result)))
+        self._workers.begin((request_id, op, result))
+
+    async def _work(self, job: _Job) -> None:
+        request_id, op, running = job
+        try:
+            result = await running
+        except Exception as error:
+            self._fail_with(request_id, op, error)
         else:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._work, (request_id, op, result))
-
-    async def _work(self, job: tuple[int, str, CoroutineType[Any, Any, Any]]) -> None:
-        while True:
-            request_id, op, running = job
-            try:
-                result = await running
-            except Exception as error:
-                self._fail_with(request_id, op, error)
-            else:
-                self._answer(request_id, op, result)
-            finally:
-                self.in_flight -= 1
-            if len(self._idle) >= IDLE_WORKERS_MAX:
-                return
-            self._idle.append(trio.lowlevel.current_task())
-            job = await trio.lowlevel.wait_task_rescheduled(self._leave)
-
-    def _leave(self, _raise_cancel: Any) -> trio.lowlevel.Abort:
-        # Only the end of the session cancels workers, and nobody is woken after it.
-        self._idle.clear()
-        return trio.lowlevel.Abort.SUCCEEDED
+            self._answer(request_id, op, result)
+        finally:
+            self.in_flight -= 1
 
     def _answer(self, request_id: int, op: str, result: Any) -> None:
         try:

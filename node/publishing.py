@@ -44,10 +44,12 @@ class Publisher:
         self._shards_fact = b""
 
     def tell_shards(self) -> None:
-        """Which replicas this node serves from now on."""
+        """Which replicas this node has, and which of them lead, from now on."""
         self._listed = sorted(self._shards)
-        self._shards_fact = facts.pack_shards([Held(s, self._shards[s].primary) for s in self._listed])
+        self._shards_fact = facts.pack_shards([Held(s, self._shards[s].leads) for s in self._listed])
         self._gossip.set_fact(facts.SHARDS, self._shards_fact)
+        led = {s: reign.epoch for s in self._listed if (reign := self._shards[s].reign) is not None}
+        self._gossip.set_fact(facts.PRIMARIES, facts.pack_primaries(led))
         self._tell_hot()
 
     def on_health(self, flags: Health, reasons: Sequence[str]) -> None:
@@ -71,7 +73,7 @@ class Publisher:
         self._load = Load(self._lane.waiting, batch_ms, 1000 * late_s)
 
     def _tell_hot(self) -> None:
-        lags = [self._replicators[s].age_ms if s in self._replicators else 0 for s in self._listed]
+        lags = [self._replicators[s].lag_ms if s in self._replicators else 0 for s in self._listed]
         value = facts.pack_hot(self._shards_fact, self._load, self._flags, lags)
         if value != self._told:
             self._told = value

@@ -6,30 +6,33 @@ Bodies are msgpack lists, in this order:
   get     [kind, [id…], session, time left ms] → [[[version, vector, classes, metadata] | nil | code …], age ms]
   score   [query FP16, [id…], metadata, session, time left ms] → [[[score, metadata] | nil | code …], age ms]
   write   [[shard, [[operation, kind, id, vector, classes, metadata]…], ack, write_id]…, time left ms]
-            → [[shard, epoch, sequence, error]…]
-  pull    [shard, [epoch, sequence, checksum] of the last record, max bytes, wait ms]
-            → [epoch, primary's last, lag ms, raw records]
+            → [[shard, epoch, sequence, error, primary]…]
+  pull    → node/pulls.py
+  offer   [shard, raw records of a tail, time left ms] → [[kind, id, version]…] of those that were put aside
   status  [] → this node's own part of `status`
 Time left travels, not wall clock. age ms: how old the oldest replica that answered may be (`Replicator.age_ms`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from node.commit import OverloadedError
 from node.local import RETRY_AFTER_MS, LocalNode
 from node.peerlink import (
+    Call,
+    PeerError,
     PeerGoneError,
     PeerLink,
     PeerOverloadedError,
     PeerTimeoutError,
-    PeerTooLargeError,
     RemoteError,
 )
+from node.pulls import NotPrimary, read_pull
 from node.shard import ShardActor
 from router.ports import (
     Answers,
@@ -43,12 +46,10 @@ from router.ports import (
     WriteReply,
 )
 from router.requests import Session
-from storage.errors import StorageError
-from storage.records import Fingerprint, Kind, Operation
+from storage.errors import DamagedError, StorageError
+from storage.records import Kind, Operation, RecordError, split
 from storage.view import ClassConstraint
 
-PULL_BYTES_MAX = 4 << 20
-PULL_WAIT_MS_MAX = 5_000
 # A reply in flight may come a little after its own time limit; better late than asked again.
 GRACE_S = 0.02
 
@@ -61,33 +62,48 @@ class RemoteNode:
         self._link = link
 
     async def _call(self, op: str, body: list[Any], timeout_s: float) -> Any:
-        try:
-            return await self._link.call(op, [*body, int(timeout_s * 1000)], timeout_s + GRACE_S)
-        except PeerGoneError as error:
-            raise NodeGoneError(self._name, sent=error.sent) from error
-        except PeerTimeoutError as error:
-            raise NodeError("deadline_exceeded", f"node {self._name} did not answer in time") from error
-        except PeerOverloadedError as error:
-            raise NodeError("overloaded", str(error), RETRY_AFTER_MS) from error
-        except PeerTooLargeError as error:
-            raise NodeError("too_large", str(error)) from error
-        except RemoteError as error:
-            raise NodeError(error.code, error.message, error.retry_after_ms) from error
+        return await self._answer(self._begin(op, body, timeout_s))
 
-    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+    def _begin(self, op: str, body: list[Any], timeout_s: float) -> Call:
+        body.append(int(timeout_s * 1000))
+        try:
+            return self._link.begin(op, body, timeout_s + GRACE_S)
+        except PeerError as error:
+            raise self._translated(error) from error
+
+    async def _answer(self, call: Call) -> Any:
+        try:
+            return await call.wait()
+        except PeerError as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: PeerError) -> NodeGoneError | NodeError:
+        match error:
+            case PeerGoneError():
+                return NodeGoneError(self._name, sent=error.sent)
+            case PeerTimeoutError():
+                return NodeError("deadline_exceeded", f"node {self._name} did not answer in time")
+            case PeerOverloadedError():
+                return NodeError("overloaded", str(error), RETRY_AFTER_MS)
+            case RemoteError():
+                return NodeError(error.code, error.message, error.retry_after_ms)
+            case _:
+                return NodeError("too_large", str(error))
+
+    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
         limit = ask.constraint
-        ids, scores, metadata, failed, age_ms = await self._call(
-            "search",
-            [
-                ask.shards,
-                ask.query.tobytes(),
-                ask.k,
-                [limit.require_all, limit.require_any, limit.exclude],
-                ask.metadata,
-                ask.session,
-            ],
-            timeout_s,
-        )
+        body = [
+            ask.shards,
+            ask.query.tobytes(),
+            ask.k,
+            (limit.require_all, limit.require_any, limit.exclude),
+            ask.metadata,
+            ask.session,
+        ]
+        return self._found(self._begin("search", body, timeout_s))
+
+    async def _found(self, call: Call) -> SearchReply:
+        ids, scores, metadata, failed, age_ms = await self._answer(call)
         return SearchReply(np.frombuffer(ids, "<u8"), np.frombuffer(scores, "<f4"), metadata, failed, age_ms)
 
     async def get(
@@ -116,7 +132,7 @@ class RemoteNode:
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         body = [[ask.shard, [tuple(change) for change in ask.changes], ask.ack, ask.write_id] for ask in asks]
         replies = await self._call("write", [body], timeout_s)
-        return [WriteReply(r[0], r[1], r[2], None if r[3] is None else tuple(r[3])) for r in replies]
+        return [WriteReply(r[0], r[1], r[2], None if r[3] is None else tuple(r[3]), r[4]) for r in replies]
 
 
 def handlers(
@@ -165,34 +181,48 @@ def handlers(
         )
 
     async def pull(peer: str, body: Any) -> Any:
-        shard, (epoch, sequence, check), max_bytes, wait_ms, _left_ms = body
-        actor = shards.get(shard)
-        if actor is None or not actor.primary:
-            raise RemoteError("no_primary", f"this node is not the primary of shard {shard}")
+        asked = read_pull(body)
+        actor = shards.get(asked.shard)
+        if actor is None:
+            return NotPrimary(0, "").body()
         try:
-            return await actor.serve_pull(
-                peer,
-                Fingerprint(epoch, sequence, check),
-                min(max_bytes, PULL_BYTES_MAX),
-                min(wait_ms, PULL_WAIT_MS_MAX) / 1000,
-            )
+            return (await actor.serve_pull(peer, asked)).body()
+        except StorageError as error:
+            if isinstance(error, DamagedError):
+                actor.harm(error)
+            raise RemoteError(error.code, str(error)) from error
+
+    async def offer(peer: str, body: Any) -> Any:
+        shard, data, left_ms = body
+        actor = shards.get(shard)
+        if actor is None:
+            raise RemoteError("no_primary", f"shard {shard} is not on this node")
+        try:
+            offered = [record for _, record in split(data)]
+            aside = await actor.offer(offered, left_ms / 1000)
+        except RecordError as error:
+            raise RemoteError("bad_request", f"an offered record is damaged: {error}") from error
+        except OverloadedError as error:
+            raise RemoteError("overloaded", str(error), RETRY_AFTER_MS) from error
         except StorageError as error:
             raise RemoteError(error.code, str(error)) from error
+        return [[int(one.kind), one.id, one.version] for one in aside]
 
     async def tell_status(peer: str, body: Any) -> Any:
         return status()
 
     return {
-        "search": _coded(search),
-        "get": _coded(get),
-        "score": _coded(score),
-        "write": _coded(write),
-        "pull": _coded(pull),
-        "status": _coded(tell_status),
+        "search": coded(search),
+        "get": coded(get),
+        "score": coded(score),
+        "write": coded(write),
+        "pull": coded(pull),
+        "offer": coded(offer),
+        "status": coded(tell_status),
     }
 
 
-def _coded(handler: Callable[[str, Any], Awaitable[Any]]) -> Callable[[str, Any], Awaitable[Any]]:
+def coded(handler: Callable[[str, Any], Awaitable[Any]]) -> Callable[[str, Any], Awaitable[Any]]:
     """A peer of a newer or broken version may send a body that we cannot read: that is its fault, and coded so."""
 
     async def coded(peer: str, body: Any) -> Any:

@@ -3,10 +3,10 @@
 Laws:
 * `durable-before-stream`: a voter's position moves only by what it names in a pull, and it names only what it has fsynced.
 * `log-matching`: a pull names the last record of the follower's log by epoch, sequence and checksum. It counts, and is
-  answered, only after the primary has found that very record in its own log; else the two hold different histories.
+  answered, only after the primary has found that very record in its own log; else it is told where the logs part.
 * positions never go back within one epoch: an old pull that arrives late changes nothing.
 * `quorum` is a majority of all voters, the dead ones counted; `all` is every voter.
-* a follower appends a reply only if it begins right after its own last sequence (`no-gaps`) and its epoch is not lower.
+* a follower appends a reply only if it begins right after its own last sequence (`no-gaps`).
 """
 
 from __future__ import annotations
@@ -15,34 +15,47 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
+from node.fork import EpochStarts, fork_of
 from storage.records import EMPTY, Fingerprint, Version
 
 Ack = Literal["primary", "quorum", "all"]
 MARKS_MAX = 1_024
 # With MARKS_MAX marks this remembers 51 s; older lag shows as that.
 MARK_EVERY_S = 0.05
+# So long a level follower's pull waits at the primary for news: an idle stream is heard that often. A third of a lease, because
+# each answer carries a stamp and each pull an echo, by which the primary's lease lives.
+WAIT_MS = 500
+# For the way there and back and a busy host. Together they stay below the 2 s from which a replica is avoided.
+SLACK_MS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """The position counts; answer with what follows it."""
+    """Answer with what follows the named record."""
 
 
 @dataclass(frozen=True, slots=True)
 class LookUp:
-    """Find our own record at that sequence, then call `found`. When the log no longer holds it, nothing is proved."""
+    """By its epoch's start that record is ours: find it, then call `found`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """The follower's log leaves ours at or before `at`."""
+
+    at: Version
 
 
 @dataclass(frozen=True, slots=True)
 class Diverged:
-    """Stop following: one of the two logs holds what the other's history does not."""
+    """Two records of one epoch and sequence: bytes were changed at rest, or a law was broken. Stop following."""
 
     reason: str
 
 
 @dataclass(slots=True)
 class Progress:
-    """The primary's picture of one shard: how far each voter's disk is."""
+    """A primary's picture of one shard in one epoch: how far each voter's disk is."""
 
     name: str
     voters: tuple[str, ...]
@@ -58,39 +71,30 @@ class Progress:
         if not self._marks or now - self._marks[-1][1] >= MARK_EVERY_S:
             self._marks.append((sequence, now))
 
-    def pulled(self, follower: str, named: Fingerprint) -> Matched | LookUp | Diverged:
-        """A follower said that its disk has everything to `named`."""
-        last = self.positions.get(self.name, 0)
-        if named.sequence > last:
-            return self._part(
-                follower,
-                f"its log ends at {named.sequence}, ours at {last}: we have lost records that it holds",
-            )
+    def pulled(self, follower: str, named: Fingerprint, starts: EpochStarts) -> Matched | LookUp | Fork:
+        """A follower said that its disk has everything to `named`. starts: of the epochs in the primary's log."""
         if named == EMPTY or self._matched.get(follower) == named:
-            return self._match(follower, named)
-        return LookUp()
+            return Matched()
+        last = self.positions.get(self.name, 0)
+        at = fork_of(Version(named.epoch, named.sequence), starts, last)
+        return LookUp() if at is None else Fork(at)
 
     def found(self, follower: str, named: Fingerprint, ours: Fingerprint) -> Matched | Diverged:
         """What our own log has where `named` says it is."""
         if named == ours:
-            return self._match(follower, named)
-        return self._part(
-            follower,
-            f"at sequence {named.sequence} its log has record {named.check:016x} of epoch {named.epoch}, ours has "
-            f"{ours.check:016x} of epoch {ours.epoch}",
-        )
-
-    def _match(self, follower: str, named: Fingerprint) -> Matched:
-        self._matched[follower] = named
-        if follower in self.voters:  # others do not count
-            self.positions[follower] = max(named.sequence, self.positions.get(follower, 0))
-        return Matched()
-
-    def _part(self, follower: str, reason: str) -> Diverged:
-        """What it named before was on a disk that it no longer has."""
+            self._matched[follower] = named
+            return Matched()
         self._matched.pop(follower, None)
         self.positions.pop(follower, None)
-        return Diverged(reason)
+        return Diverged(
+            f"at sequence {named.sequence} its log has record {named.check:016x} of epoch {named.epoch}, ours has "
+            f"{ours.check:016x} of epoch {ours.epoch}"
+        )
+
+    def count(self, follower: str, sequence: int) -> None:
+        """A voter that follows this epoch has everything to `sequence`, and it matched."""
+        if follower in self.voters:  # others do not count
+            self.positions[follower] = max(sequence, self.positions.get(follower, 0))
 
     def reached(self, ack: Ack) -> int:
         """The greatest sequence that satisfies `ack`."""
@@ -99,7 +103,7 @@ class Progress:
         held = sorted((self.positions.get(voter, 0) for voter in self.voters), reverse=True)
         return held[-1] if ack == "all" else held[len(held) // 2]
 
-    def count(self, sequence: int) -> int:
+    def holders(self, sequence: int) -> int:
         """How many voters' disks hold `sequence`."""
         return sum(self.positions.get(voter, 0) >= sequence for voter in self.voters)
 
@@ -109,6 +113,17 @@ class Progress:
             if passed > sequence:
                 return int((now - at) * 1000)
         return 0
+
+
+def follower_lag_ms(*, following: bool, behind: int, old_ms: int, silent_ms: int) -> int:
+    """How far behind a follower is to be taken, when the primary's last answer is `silent_ms` old.
+
+    Level by that answer, and its stream alive: 0, because a long poll that waits for news is not lag. Else what it was
+    behind by then (`old_ms`) and the time since: nobody knows what it has missed.
+    """
+    if following and behind <= 0 and silent_ms <= WAIT_MS + SLACK_MS:
+        return 0
+    return old_ms + silent_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,22 +143,16 @@ class Refuse:
     reason: str
 
 
-Step = Take | PullAgain | Refuse | Diverged
+Step = Take | PullAgain | Refuse
 
 
-def on_pull_reply(
-    *, epoch: int, last: Version, reply_epoch: int, primary_last: int, first: int | None, count: int
-) -> Step:
-    """What a follower in `epoch`, whose log ends at `last`, does with a reply.
+def on_stream(*, last: Version, primary_last: int, first: int | None, count: int) -> Step:
+    """What a follower whose log ends at `last` does with records of an epoch that it takes.
 
     `first` is the sequence of the reply's first record (None: no records), `primary_last` where the primary's log ends.
     """
-    if reply_epoch < epoch:
-        return Refuse(f"the reply is of epoch {reply_epoch}, ours is {epoch}")
     if primary_last < last.sequence:
-        return Diverged(
-            f"our log ends at {last.sequence}, the primary's at {primary_last}: the primary has lost records that we hold"
-        )
+        return Refuse(f"the primary's log ends at {primary_last}, before ours at {last.sequence}")
     if first is None:
         return PullAgain()
     if first != last.sequence + 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from gossip.messages import State
 from node.facts import Health
@@ -11,6 +12,7 @@ from node.local import LocalNode
 from node.members import Members
 from node.remote import RemoteNode
 from node.replicator import Replicator
+from node.shard import ShardActor
 from router.layout import Placement
 from router.ports import Node
 
@@ -24,16 +26,22 @@ class GossipCluster:
         placements: Mapping[int, Placement],
         node: LocalNode,
         links: Links,
+        shards: Mapping[int, ShardActor],
         replicators: Mapping[int, Replicator],
         health: Callable[[], Health],
+        rests: Callable[[str], bool],
     ) -> None:
+        """rests: whether a node is to be left in peace where another can be asked."""
         self.local = members.own.name
         self.shard_count = len(placements)
         self._members = members
         self._placements = placements
         self._links = links
-        self._replicators = replicators
+        self._shards, self._replicators = shards, replicators
         self._health = health
+        self._rests = rests
+        self._seen: dict[int, Placement] = {}
+        self._generation = -1
         self._local_node = node
         self._remote: dict[str, RemoteNode] = {}
 
@@ -46,7 +54,26 @@ class GossipCluster:
         return remote
 
     def placement(self, shard: int) -> Placement:
-        return self._placements[shard]
+        """Who holds it, as they say: the wished ones first. While nobody has said so, those who are wished."""
+        generation = self._members.generation
+        if generation != self._generation:
+            self._generation = generation
+            self._seen.clear()
+        seen = self._seen.get(shard)
+        if seen is None:
+            wished = self._placements[shard]
+            holders = self._members.holders(shard)
+            names = [name for name in wished.voters if name in holders]
+            names += [name for name in holders if name not in names]
+            seen = replace(wished, voters=tuple(names)) if names else wished
+            self._seen[shard] = seen
+        return seen
+
+    def primary(self, shard: int) -> str:
+        actor = self._shards.get(shard)
+        known = actor.primary if actor is not None else ""
+        # Of our own replica's voters we hear directly; before any of that, by the layout.
+        return known or self._members.primary(shard) or self._placements[shard].primary
 
     def alive(self, name: str) -> bool:
         """Gossip does not call it dead, and our link to it is up: either alone may be the first to know."""
@@ -56,6 +83,8 @@ class GossipCluster:
         return known is not None and known.alive and self._links.connected(name)
 
     def avoid(self, name: str) -> bool:
+        if self._rests(name):
+            return True
         if name == self.local:
             return bool(self._health())
         known = self._members.get(name)
@@ -64,6 +93,6 @@ class GossipCluster:
     def lags_ms(self, name: str) -> Mapping[int, int]:
         """Of our own replicas exactly, of others' as they gossip it."""
         if name == self.local:
-            return {shard: one.age_ms for shard, one in self._replicators.items()}
+            return {shard: one.lag_ms for shard, one in self._replicators.items()}
         known = self._members.get(name)
         return {} if known is None else known.lags_ms

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -11,18 +11,30 @@ import trio
 
 from gossip.agent import Agent
 from node.config import Config
+from node.duty import Duty
 from node.facts import Health
+from node.failover import Failover
 from node.forming import LayoutGuard
 from node.health import HealthWatch
+from node.holdings import Holdings
 from node.lane import SearchLane
 from node.links import Links
 from node.members import Known, Members
+from node.mover import Mover
+from node.offering import Offering
+from node.orders import Orders
+from node.promises import Promises
+from node.rebuilding import Rebuilding
+from node.repairer import Repairer
 from node.replicator import Replicator
 from node.server import AppServer
 from node.shard import ShardActor
+from node.snapshots import Snapshots
+from node.steering import Steering
 from node.supervisor import Supervisor
 from router.coordinator import Coordinator
 from router.layout import Layout
+from storage.records import Kind
 
 READY = "ready"
 
@@ -39,17 +51,38 @@ class Parts:
     links: Links
     server: AppServer
     state: str = "starting"
-    shards: dict[int, ShardActor] = field(default_factory=dict)
-    replicators: dict[int, Replicator] = field(default_factory=dict)
+    holdings: Holdings | None = None
     layout: Layout | None = None
     guard: LayoutGuard | None = None
+    promises: Promises | None = None
+    failover: Failover | None = None
+    offering: Offering | None = None
+    steering: Steering | None = None
+    duty: Duty | None = None
+    orders: Orders | None = None
+    snapshots: Snapshots | None = None
+    mover: Mover | None = None
+    repairer: Repairer | None = None
+    rebuilding: Rebuilding | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
 
     @property
+    def shards(self) -> Mapping[int, ShardActor]:
+        return self.holdings.actors if self.holdings is not None else {}
+
+    @property
+    def replicators(self) -> Mapping[int, Replicator]:
+        return self.holdings.replicators if self.holdings is not None else {}
+
+    @property
     def name(self) -> str:
         return self.config.node.name
+
+    def go_by(self, layout: Layout) -> None:
+        """A later layout counts."""
+        self.layout = layout
 
     def flags(self) -> Health:
         return self.health.flags if self.health is not None else Health(0)
@@ -60,6 +93,7 @@ def own_status(parts: Parts) -> dict[str, Any]:
     return {
         "node": parts.name,
         "state": parts.state,
+        "duty": parts.duty.order if parts.duty is not None else "",
         "degraded": list(parts.health.reasons) if parts.health is not None else [],
         "shards": [_shard(parts, actor) for _, actor in sorted(parts.shards.items())],
     }
@@ -85,7 +119,10 @@ def whole_status(parts: Parts) -> dict[str, Any]:
 
 
 def members_status(parts: Parts) -> list[dict[str, Any]]:
-    """Everybody whom gossip knows, and those of the layout whom it does not (they left, or were never heard), by name."""
+    """By name: everybody whom gossip knows, and those of the layout whom it does not.
+
+    The latter are `left` (they said good-bye, or an operator forgot them), or `unheard` since this node started.
+    """
     parts.members.refresh()
     layout = parts.layout
     placed = {member.name: member for member in layout.members} if layout else {}
@@ -97,7 +134,7 @@ def members_status(parts: Parts) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "name": name,
-                    "state": "absent",
+                    "state": "left" if parts.members.has_left(name) else "unheard",
                     "connected": False,
                     "in_layout": True,
                     "region": member.region,
@@ -126,6 +163,7 @@ def _member(parts: Parts, known: Known, placed: bool, now: float) -> dict[str, A
         "shards": len(known.held),
         "lag_ms": max(known.lags_ms.values(), default=0) if known.held else None,
         "degraded": known.reason,
+        "duty": known.order,
     }
     if fact is not None:
         row |= {
@@ -142,19 +180,37 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
     follower = parts.replicators.get(actor.shard)
     return {
         "shard": actor.shard,
-        "role": "primary" if actor.primary else "replica",
-        "primary": actor.placement.primary,
-        "voters": list(actor.placement.voters),
+        "role": "primary" if actor.leads else "replica",
+        "primary": actor.primary,
+        "voters": list(actor.placement.names),
+        "votes": actor.placement.is_voter(parts.name, replica.replica_id),
         "epoch": replica.position.epoch,
         "sequence": replica.position.sequence,
         "items": replica.view.alive_rows,
         "users": numbers.get("users", 0),
         "fresh": replica.fresh_rows(),
+        "digests": {
+            name: f"{replica.digest(kind):016x}"
+            for name, kind in (("items", Kind.ITEM), ("users", Kind.USER))
+        },
         "engine": parts.config.storage.engine,
         "lag": follower.behind if follower else 0,
         "lag_ms": follower.lag_ms if follower else 0,
-        "state": follower.state if follower else "writing",
+        "state": "damaged" if actor.harmed else follower.state if follower else "starting",
+        "damaged": actor.harmed,
+        "snapshot": follower.transfer.figures() if follower else None,
+        "learners": [name for name, _ in actor.placement.learners],
+        "target": list(parts.mover.target(actor)) if parts.mover and actor.leads else [],
+        "layout": parts.layout.version if parts.layout else 0,
+        "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
+        "repair": _repair(parts, actor),
     }
+
+
+def _repair(parts: Parts, actor: ShardActor) -> str:
+    """What came of the last comparison, if this node leads and has made one."""
+    report = parts.repairer.reports.get(actor.shard) if parts.repairer else None
+    return str(report) if report is not None and actor.leads else ""
 
 
 def _counters(parts: Parts) -> dict[str, Any]:
@@ -162,10 +218,21 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "server": asdict(parts.server.statistics()),
         "search": parts.lane.statistics() if parts.lane else {},
         "router": parts.coordinator.statistics() if parts.coordinator else {},
+        "elections": dict(parts.failover.counters) if parts.failover else {},
+        "tails": dict(parts.offering.counters) if parts.offering else {},
+        "snapshots": _snapshots(parts),
+        "repair": dict(parts.repairer.counters) if parts.repairer else {},
+        "rebuilt": parts.holdings.counters["rebuilt"] if parts.holdings else 0,
         "writes": _sum([actor.counters for actor in parts.shards.values()]),
         "gossip": asdict(parts.agent.statistics()),
         "crashes": sum(one.crashes for one in parts.supervisor.statistics()),
     }
+
+
+def _snapshots(parts: Parts) -> dict[str, int]:
+    """Given and taken."""
+    given = parts.snapshots.counters if parts.snapshots else {}
+    return given | (parts.holdings.fetcher.counters if parts.holdings else {})
 
 
 def _sum(counters: Sequence[dict[str, int]]) -> dict[str, int]:

@@ -67,6 +67,8 @@ class _Supervised:
         self.crashes = 0
         self.last_error = ""
         self.recent: deque[float] = deque()
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
 
     def close(self, state: State, reason: str) -> None:
         self.state = state
@@ -98,7 +100,21 @@ class Supervisor:
         self._actors[name] = one
         await self._nursery.start(self._supervise, one)
 
+    async def stop(self, name: str) -> None:
+        """Cancels an actor, waits for its end, and forgets it. Raises KeyError."""
+        one = self._actors[name]
+        one.scope.cancel()
+        await one.ended.wait()
+        del self._actors[name]
+
     async def _supervise(self, one: _Supervised, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            with one.scope:
+                await self._run_again(one, task_status=task_status)
+        finally:
+            one.ended.set()
+
+    async def _run_again(self, one: _Supervised, *, task_status: trio.TaskStatus[None]) -> None:
         ready = False
         while True:
             began = self._clock()

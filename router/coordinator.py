@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ from router.writing import Writer
 from storage.records import Kind
 
 Query = npt.NDArray[np.float16]
+# By node: the shards that it is asked for; and those that nobody can answer.
+Assignment = tuple[dict[str, list[int]], list[int]]
+# What is known of other nodes is older than that anyway, and a try that fails looks again.
+SHARED_S = 0.001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +80,7 @@ class Coordinator:
             requests.Put: self._writer.put,
             requests.Delete: self._writer.delete,
         }
+        self._first: tuple[float, Assignment] = (-math.inf, ({}, []))
         self.counters = {"retries": 0, "partial": 0}
 
     def statistics(self) -> dict[str, int]:
@@ -172,9 +178,14 @@ class Coordinator:
     def _deadline(self, timeout_ms: float | None) -> float:
         return trio.current_time() + (timeout_ms or self._config.deadline_ms) / 1000
 
-    def _assign(
-        self, shards: Sequence[int], failed: set[tuple[str, int]]
-    ) -> tuple[dict[str, list[int]], list[int]]:
+    def _assign_all(self) -> Assignment:
+        """Of all shards, for a first try. Not to be changed: the requests of a frame share it."""
+        now = trio.current_time()
+        if now >= self._first[0] + SHARED_S:
+            self._first = (now, self._assign(self._all, set()))
+        return self._first[1]
+
+    def _assign(self, shards: Sequence[int], failed: set[tuple[str, int]]) -> Assignment:
         cluster = self._cluster
         # Each node is looked at once, whatever the number of its shards.
         seen: dict[str, Sight | None] = {}
@@ -218,44 +229,49 @@ class Coordinator:
         missing: list[int] = []
         todo: Sequence[int] = self._all
 
-        async def ask(name: str, shards: list[int], timeout_s: float) -> None:
-            try:
-                reply = await self._cluster.node(name).search(
-                    SearchAsk(tuple(shards), query, k, request.constraint, request.metadata, request.session),
-                    timeout_s,
-                )
-            except (NodeGoneError, NodeError) as error:
-                code = error.code if isinstance(error, NodeError) else "unavailable"
-                lost = dict.fromkeys(shards, code)
-            else:
-                parts.append(reply)
-                lost = reply.failed
-            reasons.update(lost)
-            failed.update((name, shard) for shard in lost)
-            again.extend(lost)
+        def lost(name: str, codes: Mapping[int, str]) -> None:
+            reasons.update(codes)
+            failed.update([(name, shard) for shard in codes])
+            again.extend(codes)
 
         for attempt in range(self._config.retries + 1):
             again: list[int] = []
-            assigned, unanswerable = self._assign(todo, failed)
+            assigned, unanswerable = self._assign(todo, failed) if attempt else self._assign_all()
             missing += unanswerable
             timeout_s = self._try_s(deadline)
             if timeout_s <= 0:
                 missing += [shard for shards in assigned.values() for shard in shards]
                 break
             self.counters["retries"] += attempt > 0
-            if len(assigned) == 1:  # no tasks for what needs none
-                await ask(*next(iter(assigned.items())), timeout_s)
-            elif assigned:
-                async with trio.open_nursery() as nursery:
-                    for name, shards in assigned.items():
-                        nursery.start_soon(ask, name, shards, timeout_s)
+            calls = []
+            try:
+                for name, shards in assigned.items():
+                    ask = SearchAsk(
+                        tuple(shards), query, k, request.constraint, request.metadata, request.session
+                    )
+                    try:
+                        calls.append((name, shards, self._cluster.node(name).search(ask, timeout_s)))
+                    except (NodeGoneError, NodeError) as error:
+                        lost(name, dict.fromkeys(shards, _code(error)))
+                for name, shards, call in calls:
+                    try:
+                        reply = await call
+                    except (NodeGoneError, NodeError) as error:
+                        lost(name, dict.fromkeys(shards, _code(error)))
+                    else:
+                        parts.append(reply)
+                        if reply.failed:
+                            lost(name, reply.failed)
+            finally:
+                for _, _, call in calls:
+                    call.close()
             todo = again
             if not todo:
                 break
         else:
             missing += todo
         self.counters["partial"] += bool(missing)
-        age_ms = max([age_ms, *(part.age_ms for part in parts)])
+        age_ms = max([age_ms, *[part.age_ms for part in parts]])
         return Found(_merge(parts, request, drop), missing, len(self._all), reasons, age_ms)
 
     async def _one_user(self, user_id: int, deadline: float, session: Session) -> tuple[StoredRecord, int]:
@@ -297,7 +313,7 @@ class Coordinator:
                 answers, age_ms = await ask(name, wanted, timeout_s)
                 ages_ms.append(age_ms)
             except (NodeGoneError, NodeError) as error:
-                answers = [error.code if isinstance(error, NodeError) else "unavailable"] * len(wanted)
+                answers = [_code(error)] * len(wanted)
             found.update(zip(wanted, answers, strict=True))
             lost = {shard_of(i, self._cluster.shard_count) for i in wanted if isinstance(found[i], str)}
             failed.update((name, shard) for shard in lost)
@@ -340,14 +356,16 @@ def _merge(
     best = merge.top([(part.ids, part.scores) for part in parts], request.k + len(drop))
     if drop:
         keep = np.flatnonzero(~np.isin(best.ids, np.array(list(drop), np.uint64)))[: request.k]
-        best = merge.Merged(best.ids[keep], best.scores[keep], best.origin[keep], best.place[keep])
+        best = merge.Merged(best.ids[keep], best.scores[keep], best.places[keep])
     metadata: list[bytes] | None = None
     if request.metadata:
-        metadata = [
-            (parts[origin].metadata or [])[place]
-            for origin, place in zip(best.origin.tolist(), best.place.tolist(), strict=True)
-        ]
+        packed = [one for part in parts for one in part.metadata or ()]
+        metadata = [packed[place] for place in best.places.tolist()]
     return Columns(best.ids, best.scores, metadata)
+
+
+def _code(error: NodeGoneError | NodeError) -> str:
+    return error.code if isinstance(error, NodeError) else "unavailable"
 
 
 def _missing_record(code: Code, field: str, id_: int, found: object) -> RequestError:

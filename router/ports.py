@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +89,8 @@ class WriteReply(NamedTuple):
     epoch: int
     sequence: int
     error: tuple[str, str, int | None] | None  # code, message, retry_after_ms
+    # With `no_primary`: the node that leads the shard, as far as the answerer knows.
+    primary: str = ""
 
 
 class NodeGoneError(Exception):
@@ -110,7 +112,8 @@ class NodeError(Exception):
 class Node(Protocol):
     """A node as the coordinator sees it, itself included. All raise NodeGoneError or NodeError."""
 
-    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply: ...
+    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
+        """Asks at once, and never waits; await the answer, or close it. A task per node would cost more than the asking."""
 
     async def get(
         self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
@@ -137,6 +140,9 @@ class Cluster(Protocol):
     def node(self, name: str) -> Node: ...
 
     def placement(self, shard: int) -> Placement: ...
+
+    def primary(self, shard: int) -> str:
+        """Who writes it, as far as this node knows; a guess when it has heard of nobody."""
 
     def alive(self, name: str) -> bool:
         """Whether it is worth a try."""

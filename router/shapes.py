@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
 
-from router.errors import Code, RequestError
+from router.errors import RequestError
+from router.sentences import translate
 from router.vectors import Dtype
 from storage.records import CLASSES_MAX
 
@@ -124,10 +124,56 @@ class KeyringFields(Struct, forbid_unknown_fields=True, kw_only=True):
     timeout_ms: Timeout = None
 
 
-# ---- msgspec's sentences, as our codes ----
+class FailOverFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    shard: Annotated[int, Meta(ge=0, lt=65_536)]
+    to: Annotated[str, Meta(max_length=64)] = ""
+    force: bool = False
+    confirmed: bool = False
+    timeout_ms: Timeout = None
 
-_SENTENCE = re.compile(r"(?P<what>.*?)(?: - at `(?:key` in `)?\$?\.?(?P<path>[^`]*)`)?$", re.DOTALL)
-_QUOTED = re.compile(r"field `([^`]*)`")
+
+class RepairFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    shard: Annotated[int, Meta(ge=0, lt=65_536)]
+    timeout_ms: Timeout = None
+
+
+Place = Annotated[str, Meta(max_length=64)] | None
+
+
+class ClusterFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    action: Literal["show", "join", "leave", "set", "plan", "commit", "revert", "init", "recover"]
+    node: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    region: Place = None
+    zone: Place = None
+    host: Place = None
+    capacity: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    replication: Annotated[int, Meta(ge=1, le=7)] | None = None
+    members: (
+        Annotated[list[Annotated[str, Meta(min_length=1, max_length=64)]], Meta(max_length=4_096)] | None
+    ) = None
+    hash: Annotated[str, Meta(min_length=16, max_length=16)] | None = None
+    force: bool = False
+    timeout_ms: Timeout = None
+
+
+NodeName = Annotated[str, Meta(min_length=1, max_length=64)]
+
+
+class MovesFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    action: Literal["list", "move", "cancel", "drain", "rebalance"]
+    shard: Annotated[int, Meta(ge=0, lt=65_536)] | None = None
+    source: NodeName | None = None
+    target: NodeName | None = None
+    bytes_per_s: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
+    node: NodeName | None = None
+    dry_run: bool | None = None
+    timeout_ms: Timeout = None
+
+
+class MaintenanceFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    node: NodeName
+    on: bool
+    timeout_ms: Timeout = None
 
 
 def convert(fields: dict[str, Any], shape: type[S]) -> S:
@@ -135,30 +181,16 @@ def convert(fields: dict[str, Any], shape: type[S]) -> S:
     try:
         return msgspec.convert(fields, shape)
     except msgspec.ValidationError as error:
-        raise _translate(str(error)) from None
+        raise translate(str(error), _choices(shape)) from None
     except RecursionError:
         raise RequestError("bad_request", "the request is nested too deep") from None
 
 
-def _translate(sentence: str) -> RequestError:
-    match = _SENTENCE.fullmatch(sentence)
-    assert match is not None, "every part of the pattern is optional"
-    what, path = match["what"], _printable(match["path"] or "")
-    quoted = _QUOTED.search(what)
-    if quoted and what.startswith(("Object contains unknown", "Object missing")):
-        name = _printable(quoted[1])
-        field = f"{path}.{name}" if path else name
-        if "unknown" in what:
-            return RequestError("unknown_field", f"this op has no field {name!a}; remove it", field)
-        return RequestError("missing_field", f"send {name}", field)
-    code: Code = "bad_type"
-    if "of length" in what:
-        code = "too_large" if "<=" in what else "bad_type"
-    elif "<=" in what or ">=" in what or "out of range" in what or what.startswith("Invalid enum"):
-        code = "out_of_range"
-    return RequestError(code, _printable(what[:1].lower() + what[1:]), path or None)
-
-
-def _printable(text: str) -> str:
-    """Safe to send back: bounded, and without what UTF-8 cannot hold."""
-    return text[:200].encode("ascii", "backslashreplace").decode("ascii")
+def _choices(shape: type) -> dict[str, tuple[str, ...]]:
+    """The words that each field takes that takes one of several, by name."""
+    found = {}
+    for name, hint in get_type_hints(shape).items():
+        for part in (hint, *get_args(hint)):  # dtype is a Literal or None
+            if get_origin(part) is Literal:
+                found[name] = get_args(part)
+    return found

@@ -6,6 +6,7 @@ A vector arrives as little endian FP16 or FP32 bytes or as a list of numbers. It
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -68,16 +69,22 @@ def _one(raw: Any, dim: int, dtype: Dtype | None, field: str) -> npt.NDArray[np.
 
 
 def _finish(full: npt.NDArray[np.float32], metric: Metric, path: str) -> Vectors:
-    finite = np.isfinite(full).all(axis=1)
-    if not finite.all():
-        raise RequestError("bad_vector", "send finite numbers only", path.format(int(finite.argmin())))
     if metric == "cosine":
-        wide = full.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # as above
+            wide = full.astype(np.float64)
         lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+        # No sum of squares of FP32 numbers overflows float64: a length that is not finite comes of a number that is not.
+        for i, length in enumerate(lengths.tolist()):
+            if not math.isfinite(length):
+                raise RequestError("bad_vector", "send finite numbers only", path.format(i))
         if not lengths.all():
             where = path.format(int((lengths != 0).argmin()))
             raise RequestError("zero_vector", "a vector of zeros has no direction; leave it out", where)
-        full = (wide / lengths[:, None]).astype(np.float32)
+        wide /= lengths[:, None]
+        return wide.astype(np.float32).astype(np.float16)  # a number of a unit vector always fits
+    finite = np.isfinite(full).all(axis=1)
+    if not finite.all():
+        raise RequestError("bad_vector", "send finite numbers only", path.format(int(finite.argmin())))
     with np.errstate(over="ignore"):
         half = full.astype(np.float16)
     fits = np.isfinite(half).all(axis=1)

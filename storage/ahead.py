@@ -49,13 +49,13 @@ class NextSegment:
                 self._ops.zero(made.fd, offset, min(_PIECE_BYTES, self._segment_bytes - offset))
                 self._ops.sync_data(made.fd)
         except BaseException:
-            _discard(made)
+            discard(*made)
             raise
         with self._lock:
             self._ready = made
 
-    def take(self, header: fmt.SegmentHeader) -> tuple[Path, int]:
-        """(path, open fd) of a durable file that begins with `header`, for the caller to give its name.
+    def take(self, header: fmt.SegmentHeader, content: bytes = b"") -> tuple[Path, int]:
+        """(path, open fd) of a durable file of `header`, `content` and zeros, for the caller to give its name.
 
         One that is only allocated when none is ready. Raises OSError; then nothing is left.
         """
@@ -69,10 +69,10 @@ class NextSegment:
         try:
             if ready is None:
                 self._ops.allocate(taken.fd, header.segment_bytes)
-            self._ops.write(taken.fd, (fmt.encode_header(header),), 0)
+            self._ops.write(taken.fd, (fmt.encode_header(header), content), 0)
             self._ops.sync(taken.fd)
         except BaseException:
-            _discard(taken)
+            discard(*taken)
             raise
         return taken
 
@@ -86,10 +86,18 @@ class NextSegment:
         with self._lock:
             ready, self._ready = self._ready, None
         if ready is not None:
-            _discard(ready)
+            discard(*ready)
+
+    def release(self) -> None:
+        """As `close`, when the directory has become another log's: what has its name there is not ours."""
+        with self._lock:
+            ready, self._ready = self._ready, None
+        if ready is not None:
+            os.close(ready.fd)
 
 
-def _discard(file: _Ready) -> None:
-    os.close(file.fd)
+def discard(path: Path, fd: int) -> None:
+    """Of a file that is not to be a segment."""
+    os.close(fd)
     with contextlib.suppress(OSError):
-        file.path.unlink()
+        path.unlink()

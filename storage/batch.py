@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from storage.records import Kind, Operation, Record, Version, make
+from storage.records import NO_WRITE_ID, Kind, Mark, Operation, Record, Version, make
 
 # One change, as a client wants it: operation, kind, id, vector, classes, metadata.
 Wanted = tuple[Operation, Kind, int, bytes, tuple[int, ...], bytes]
@@ -35,3 +35,18 @@ class Batch:
             self.records.append(record)
         self.sequence = sequence
         return self.records[-1].version
+
+    def add_again(self, record: Record) -> Version:
+        """Where a record of a cut tail stands anew; its version, write_id and timestamp stay (`version-kept`)."""
+        self.sequence += 1
+        blob, again = make(
+            self._epoch, self.sequence, record.version, record.timestamp_ns, record.write_id, record.operation,
+            record.kind, record.id, record.vector, record.classes, record.metadata,
+        )  # fmt: skip
+        self.blobs.append(blob)
+        self.records.append(again)
+        return Version(self._epoch, self.sequence)
+
+    def add_mark(self, mark: Mark, metadata: bytes, write_id: bytes = NO_WRITE_ID) -> Version:
+        """Where a record about the shard itself stands."""
+        return self.add(((Operation.MARK, Kind.NONE, int(mark), b"", (), metadata),), write_id)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from storage.records import HEADER_BYTES, Kind
+from storage.records import HEADER_BYTES, Kind, Record, decode
 from storage.segment import HEADER_BYTES as SEGMENT_HEADER_BYTES
 from storage.segment import TRAILER_BYTES, TRAILER_MAGICS, Buffer, SegmentHeader, trailer_at
 
@@ -58,6 +58,18 @@ class Columns:
         """Those of one kind."""
         mine = self.headers["kind"] == kind
         return self if mine.all() else Columns(self.data, self.starts[mine], self.headers[mine])
+
+    def between(self, begin: int, end: int) -> Columns:
+        """Those from place `begin` to before place `end`."""
+        return Columns(self.data, self.starts[begin:end], self.headers[begin:end])
+
+    def versions(self) -> set[tuple[int, int]]:
+        head = self.headers
+        return set(zip(head["version_epoch"].tolist(), head["version_sequence"].tolist(), strict=True))
+
+    def records(self) -> list[Record]:
+        """One value each: for the few that are not worth columns."""
+        return [decode(self.data, start) for start in self.starts.tolist()]
 
     def size_bytes(self) -> int:
         return int(self.headers["length"].sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from storage.crash_points import reached
 from storage.errors import DiskFullError, StorageError
 from storage.records import Kind
 from storage.table import Table, TableState
@@ -43,6 +44,7 @@ class CheckpointJob:
         try:
             for file in self._files:
                 file.sync()
+            reached("checkpoint.before_commit")
             self._table.commit(self.state, self._changes, self._write_ids)
         except DiskFullError as error:
             self.error = error

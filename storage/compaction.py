@@ -196,6 +196,8 @@ class CompactionJob:
         while step := list(islice(ids, _STEP)):
             found = [(id, self._space.find(self._table, id)) for id in step]
             moved |= self._place([(id, entry) for id, entry in found if entry is not None])
+            # What was purged or dropped since it was copied.
+            moved |= {id: entries.GONE for id, entry in found if entry is None}
         self._file.sync()
         fsync_directory(self._replica.directory)
         self.state = self._replica.commit_compaction(self._space.kind, self.rowset, self._rows, moved)

@@ -30,6 +30,8 @@ class StorageConfig:
     compact_rows_min: int = 1_000
     wal_segment_bytes: int = 1 << 20
     wal_keep_s: float = 86_400.0
+    # How long a delete is remembered at least; longer than the log reaches back it cannot be told.
+    tombstones_keep_s: float = 86_400.0
     checkpoint_bytes: int = 32 << 20
     write_ids_keep_s: float = 600.0
     write_ids_max: int = 200_000

@@ -9,25 +9,27 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from storage import segment as fmt
 from storage import wal
-from storage.ahead import NextSegment
+from storage.ahead import NextSegment, discard
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
-from storage.files import FileOps, fsync_directory, is_full, write_atomically
-from storage.records import Record, Version
+from storage.files import FileOps, fsync_directory, is_full, take_back, write_atomically
+from storage.records import Record, Version, split
 from storage.recovery import (
     SEAL_NAME,
     Segment,
     damaged,
+    mend,
     read_segment,
     records_after,
     recover,
     remove_seal,
     scan_segment,
+    shorten,
 )
 from storage.tail import Tail
 
@@ -35,6 +37,7 @@ __all__ = ["FileOps", "Log", "fsync_directory", "write_atomically"]
 
 _NOTHING = Version(0, 0)
 _TAIL_BYTES = 4 << 20
+_READ_BYTES = 1 << 20
 
 
 class Log:
@@ -106,20 +109,7 @@ class Log:
             tail.torn_bytes,
         )
         try:
-            if tail.torn_bytes:
-                # Durable before the trailer: else a crash could leave a new trailer before old bytes.
-                self._ops.zero(self._fd, tail.end, tail.header.segment_bytes - tail.end)
-                self._ops.sync_data(self._fd)
-            if tail.untrailed_from is not None:
-                start = tail.untrailed_from
-                batch = os.pread(self._fd, tail.end - start, start)
-                trailer = fmt.encode_trailer(tail.header, start, batch)
-                if tail.end + len(trailer) > tail.header.segment_bytes:
-                    raise DamagedError(segment.path, tail.end, "no room for the last batch's trailer")
-                self._ops.write(self._fd, (trailer,), tail.end)
-                segment.end = tail.end + len(trailer)
-            # Whole records of a process that was killed before its fdatasync count as durable only from here on.
-            self._ops.sync_data(self._fd)
+            mend(segment, self._fd, tail, self._ops)
         except OSError as error:
             raise self._stop("repairing the log's end", error) from error
 
@@ -133,11 +123,6 @@ class Log:
     def last_timestamp_ns(self) -> int:
         """Of the last record; 0 when there is none, or it came with a snapshot."""
         return self._last_timestamp_ns
-
-    @property
-    def torn_bytes(self) -> int:
-        """Bytes of a torn batch that the last open cut off; nobody was told that they were written."""
-        return self._torn_bytes
 
     def append(self, records: Sequence[bytes]) -> None:
         """Write encoded records durably, with one call for all of them.
@@ -178,25 +163,56 @@ class Log:
             except OSError as error:
                 if not is_full(error):
                     raise
-                self._take_back((batch, trailer), start, error)
+                take_back(self._ops, self._fd, (batch, trailer), start, error)
                 raise self._full(error) from error
         except OSError as error:
             raise self._stop("writing the log", error) from error
 
-    def _take_back(self, buffers: tuple[bytes, bytes], start: int, refused: OSError) -> None:
-        """Make durable zeros of a batch for which there is no room. Raises OSError, `refused` if it was the flush's."""
+    def cut(self, sequence: int, reset: Callable[[Version], None]) -> None:
+        """The log ends at `sequence`, which is before its last and not before its first record. In append's thread.
+
+        At each moment what is on disk is a whole log. `reset` is called with (epoch, sequence) of the new end when
+        there is room for it, and makes durable that nothing behind it counts as applied. Raises what it raises,
+        DamagedError, DiskFullError (nothing has changed), ReplicaStoppedError.
+        """
+        if self._stopped is not None:
+            raise ReplicaStoppedError(self._stopped)
+        if self._sealed:
+            self._unseal()
+        firsts = [segment.header.first_sequence for segment in self._segments]
+        position = max(0, bisect_right(firsts, sequence) - 1)
+        kept = self._segments[position]
+        begun = shorten(kept, sequence, last_segment=position + 1 == len(firsts))
         try:
-            # Even preallocated space may be refused (copy on write, quotas), and then is again. A flush that failed
-            # for want of room (thin provisioning) is no full disk but a failed fsync, and the write alone succeeds.
-            self._ops.write(self._fd, buffers, start)
+            temporary, fd = self._next.take(kept.header, begun.content)
         except OSError as error:
-            if not is_full(error):
-                raise
-        else:
-            raise refused
-        # A part may have been written.
-        self._ops.zero(self._fd, start, sum(map(len, buffers)))
-        self._ops.sync_data(self._fd)
+            raise (self._full(error) if is_full(error) else self._stop("cutting the log", error)) from error
+        try:
+            reset(begun.last)
+        except BaseException:
+            discard(temporary, fd)
+            raise
+        marks = [mark for mark in kept.marks if mark[0] <= sequence]
+        # Until it is done the files say something else: whatever comes between must leave no seal and no append.
+        self._stopped = f"cutting the log in {self._directory} was not finished; restart this node"
+        with self._lock:
+            # Before the files: a reader that still has the old segment is told that the log was cut.
+            gone = self._segments[position + 1 :]
+            end = fmt.HEADER_BYTES + len(begun.content)
+            self._segments[position:] = [Segment(kept.path, kept.header, end, marks)]
+            self.last, self._last_timestamp_ns = begun.last, begun.last_timestamp_ns
+            self._tail.cut(sequence)
+            self._close_fd()
+            self._fd = fd
+        try:
+            for segment in reversed(gone):
+                segment.path.unlink()
+                self._ops.sync_directory(self._directory)
+            os.replace(temporary, kept.path)
+            self._ops.sync_directory(self._directory)
+        except OSError as error:
+            raise self._stop("cutting the log", error) from error
+        self._stopped = None
 
     def _roll(self, batch_bytes: int) -> None:
         """A new last segment with room for `batch_bytes`. Every earlier byte is durable, so only it can be torn."""
@@ -297,24 +313,22 @@ class Log:
             with segment.path.open("rb", buffering=0) as file:
                 return records_after(file.fileno(), offset, end, sequence, max_bytes)
         except fmt.WalError as error:
+            with self._lock:
+                cut = segment not in self._segments
+            if cut:
+                raise LogGoneError(f"the log was cut before sequence {sequence + 1} just now") from error
             raise damaged(segment.path, error) from error
         except FileNotFoundError as error:
             raise LogGoneError(f"the log was dropped up to sequence {sequence + 1} just now") from error
         except OSError as error:
             raise DamagedError(segment.path, None, f"it cannot be read ({error.strerror})") from error
 
-    def replay(self, after: int) -> Iterator[Record]:
-        """Decoded, verified records after sequence `after`, in order. Before the first append, or in its thread.
-
-        Raises DamagedError, also when records right after `after` are missing.
-        """
-        for path, data, offset, end in self.spans(after):
-            try:
-                for record in wal.replay(data, offset, end):
-                    if record.sequence > after:
-                        yield record
-            except fmt.WalError as error:
-                raise damaged(path, error) from error
+    def tail(self, after: int) -> Iterator[tuple[bytes, Record]]:
+        """Records after `after` to the last, as bytes and as values. In append's thread. Raises as `read_after`."""
+        while data := self.read_after(after, _READ_BYTES):
+            for blob, record in split(data):
+                yield blob, record
+                after = record.sequence
 
     def spans(self, after: int) -> Iterator[tuple[Path, bytes, int, int]]:
         """(path, segment's bytes, offset, end): where records after `after` lie, with a few before them in front.
@@ -360,6 +374,16 @@ class Log:
             self._ops.sync_directory(self._directory)
         return dropped
 
+    def aged(self, older_than_ns: int) -> Version:
+        """A place in the log up to which everything is stamped before that, or older than the log itself."""
+        with self._lock:
+            if 0 < self._last_timestamp_ns < older_than_ns:
+                return self.last
+            headers = [segment.header for segment in self._segments]
+        old = [header for header in headers[1:] if header.previous_timestamp_ns < older_than_ns]
+        newest = (headers[:1] + old)[-1]
+        return Version(newest.previous_epoch, newest.first_sequence - 1)
+
     def statistics(self) -> dict[str, Any]:
         with self._lock:
             return {
@@ -387,6 +411,12 @@ class Log:
         if self._stopped is None and not self._sealed:
             seal = fmt.encode_seal(fmt.Seal(self._shard, self.last))
             write_atomically(self._directory / SEAL_NAME, seal)
+        self._stopped = self._stopped or "the log is closed"
+
+    def release(self) -> None:
+        """Close the files and touch no name: the directory has become another log's."""
+        self._close_fd()
+        self._next.release()
         self._stopped = self._stopped or "the log is closed"
 
     def _close_fd(self) -> None:

@@ -16,6 +16,8 @@ from storage.records import CLASSES_MAX, Kind, Operation, Version
 TAIL = struct.Struct("<IQQQHBB")
 TAIL_BYTES = TAIL.size
 HEADER_BYTES = 4 + TAIL_BYTES
+# In memory's layers: the table's entry is to go.
+GONE = b""
 NO_ROW = 0xFFFFFFFF
 ROWS_MAX = NO_ROW - 1
 VERSION = struct.Struct("<QQ")

@@ -54,6 +54,12 @@ class LogGoneError(StorageError):
     code = "log_gone"
 
 
+class QuarantineFullError(StorageError):
+    """No more records can be put aside before somebody has looked at those that were."""
+
+    code = "quarantine_full"
+
+
 class IndexingError(StorageError):
     """The fresh part is full: writes wait until the graph has caught up."""
 

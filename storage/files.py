@@ -51,6 +51,22 @@ class FileOps:
         fsync_directory(path)
 
 
+def take_back(ops: FileOps, fd: int, buffers: Sequence[bytes], offset: int, refused: OSError) -> None:
+    """Make durable zeros of a write for which there was no room. Raises OSError, `refused` if it was the flush's."""
+    try:
+        # Even preallocated space may be refused (copy on write, quotas), and then is again. A flush that failed
+        # for want of room (thin provisioning) is no full disk but a failed fsync, and the write alone succeeds.
+        ops.write(fd, buffers, offset)
+    except OSError as error:
+        if not is_full(error):
+            raise
+    else:
+        raise refused
+    # A part may have been written.
+    ops.zero(fd, offset, sum(map(len, buffers)))
+    ops.sync_data(fd)
+
+
 def _write_all(fd: int, buffers: Sequence[bytes], offset: int, flags: int) -> None:
     """All of it, however often the kernel takes only a part."""
     if len(buffers) > _BUFFERS_MAX:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from storage import entries
 from storage.errors import DamagedError
 from storage.records import Kind, Version
 from storage.space import Space, kind_id
-from storage.table import Table
+from storage.table import SCAN_STEP, Table
 
 
 class Row(NamedTuple):
@@ -30,7 +30,7 @@ def get(table: Table, space: Space, id: int) -> Row | None:
         if entry is None:
             return None
         if not entries.intact(id, entry):
-            raise _entry_damaged(table, space.kind, id)
+            raise entry_damaged(table, space.kind, id)
         fields = entries.unpack(entry)
         if not fields.alive:
             return None
@@ -42,23 +42,37 @@ def get(table: Table, space: Space, id: int) -> Row | None:
             raise DamagedError(file.path, file.offset(fields.row), reason)
 
 
-def metadata(table: Table, space: Space, ids: Iterable[int]) -> list[bytes]:
-    """Packed metadata in the order of `ids`, b"" for one that is gone. Raises DamagedError."""
-    # The layers before the table: what leaves them has reached the table first.
-    overlay, frozen = space.layers
-    out = []
+def version_of(table: Table, space: Space, id: int) -> Version | None:
+    """Of the newest entry, a tombstone's too; None when there is none. Raises DamagedError."""
+    entry = space.find(table, id)
+    if entry is None:
+        return None
+    if not entries.intact(id, entry):
+        raise entry_damaged(table, space.kind, id)
+    return Version(*entries.VERSION.unpack_from(entry, entries.VERSION_OFFSET))
+
+
+def metadata(table: Table, space: Space, ids: Sequence[int]) -> list[bytes | None]:
+    """Packed metadata in the order of `ids`; b"" for one that is gone, None for one whose entry is damaged."""
+    out: list[bytes | None] = []
     intact, packed = entries.intact, entries.packed_metadata
-    with table.lookup(space.kind) as lookup:
-        for id in ids:
-            entry = overlay.get(id) or frozen.get(id) or lookup(id.to_bytes(8, "big"))
-            if entry is None:
-                out.append(b"")
-            elif intact(id, entry):
-                out.append(packed(entry))
-            else:
-                raise _entry_damaged(table, space.kind, id)
+    for low in range(0, len(ids), SCAN_STEP):
+        # The layers before the table: what leaves them has reached the table first.
+        overlay, frozen = space.layers
+        with table.lookup(space.kind) as lookup:
+            for id in ids[low : low + SCAN_STEP]:
+                entry = overlay.get(id)
+                if entry is None:
+                    entry = frozen.get(id)
+                if entry is None:
+                    entry = lookup(id.to_bytes(8, "big"))
+                if not entry:
+                    out.append(b"")
+                else:
+                    out.append(packed(entry) if intact(id, entry) else None)
     return out
 
 
-def _entry_damaged(table: Table, kind: Kind, id: int) -> DamagedError:
+def entry_damaged(table: Table, kind: Kind, id: int) -> DamagedError:
+    """The error that says so."""
     return DamagedError(table.path, None, f"checksum of the entry of {kind_id(kind, id)} does not match")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,12 @@ from typing import Any
 
 from storage.config import StorageConfig
 from storage.disk import Log
+from storage.epochs import Epochs
 from storage.errors import DamagedError, ForeignDataError, StorageError
 from storage.files import fsync_directory
+from storage.quarantine import Quarantine
 from storage.records import Kind, Version
+from storage.side import SideFiles
 from storage.space import Space
 from storage.table import NOWHERE, Table, TableState
 from storage.vectors import RowFile, row_file_name
@@ -70,6 +74,8 @@ class Parts:
     state: TableState
     spaces: dict[Kind, Space]
     write_ids: WriteIds
+    sides: SideFiles
+    quarantine: Quarantine
 
     def close(self) -> None:
         """All of them, whatever fails: a table that stays open could not be opened again in this process."""
@@ -89,7 +95,9 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
         stack.callback(owner.close)
         table = Table.open(directory / "table")
         stack.callback(lambda: table.close(seal=False))
-        expected = TableState(node_id=node_id, shard=shard, dim=config.dim, metric=config.metric)
+        expected = TableState(
+            node_id=node_id, shard=shard, dim=config.dim, metric=config.metric, replica_id=new_replica_id()
+        )
         state = table.state()
         if state is None:
             state = _begin(directory, table, expected)
@@ -108,6 +116,7 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
         if len(pairs) != state.write_ids:
             raise DamagedError(table.path, None, "write_ids are not those of the last checkpoint")
         write_ids.load(pairs)
+        sides = SideFiles(directory, shard)
         log = Log.open(
             directory / "wal",
             shard=shard,
@@ -123,6 +132,8 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
         state=state,
         spaces=spaces,
         write_ids=write_ids,
+        sides=sides,
+        quarantine=Quarantine(directory, shard),
     )
 
 
@@ -131,8 +142,8 @@ def with_state(
     spaces: Mapping[Kind, Space],
     *,
     position: Version,
-    epoch_starts: Mapping[int, int],
-    purge_floor: int,
+    epochs: Epochs,
+    purge_floor: Version,
     write_ids: int,
 ) -> TableState:
     """What a checkpoint made now would say of itself."""
@@ -141,10 +152,16 @@ def with_state(
         position=position,
         items=spaces[Kind.ITEM].state(),
         users=spaces[Kind.USER].state(),
-        epoch_starts=dict(epoch_starts),
+        epoch_starts=dict(epochs.starts),
+        placements=dict(epochs.placements),
         purge_floor=purge_floor,
         write_ids=write_ids,
     )
+
+
+def new_replica_id() -> int:
+    """Random, 63 bits, never 0."""
+    return 1 + secrets.randbelow((1 << 63) - 1)
 
 
 def index_directory(directory: Path, rowset: int) -> Path:

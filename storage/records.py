@@ -27,7 +27,7 @@ tells a torn tail from damage (docs/wal.md).
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -57,7 +57,15 @@ class Kind(IntEnum):
 class Operation(IntEnum):
     PUT = 1
     DELETE = 2
-    MARK = 3  # changes no row; reserved for epoch starts, purge floors, digest points
+    MARK = 3  # says something about the shard, of kind NONE; changes no row
+
+
+class Mark(IntEnum):
+    """What a MARK record is about: its `id`."""
+
+    EPOCH = 1  # the first record of an epoch; its metadata is the placement
+    PURGE = 2  # tombstones up to a version go; its metadata is that version, msgpack [epoch, sequence]
+    DIGEST = 3  # a point in the log at which replicas compare their digests
 
 
 class Version(NamedTuple):
@@ -196,6 +204,16 @@ def decode(data: bytes | memoryview, offset: int = 0) -> Record:
         epoch, sequence, _new(Version, (epoch_v, sequence_v)), timestamp_ns, write_id, operation, kind, id,
         bytes(data[end:split]), classes, bytes(data[meta:stop]), body_check,
     ))  # fmt: skip
+
+
+def split(data: bytes) -> Iterator[tuple[bytes, Record]]:
+    """Whole records one behind the other, as bytes and as values, each verified. Raises RecordError."""
+    offset = 0
+    while offset < len(data):
+        record = decode(data, offset)
+        end = offset + int.from_bytes(data[offset : offset + 4], "little")
+        yield data[offset:end], record
+        offset = end
 
 
 def fingerprint(data: bytes) -> Fingerprint:

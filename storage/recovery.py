@@ -11,7 +11,7 @@ from typing import NamedTuple
 from storage import segment as fmt
 from storage import wal
 from storage.errors import DamagedError, ForeignDataError, FormatError
-from storage.files import fsync_directory
+from storage.files import FileOps, fsync_directory
 from storage.records import RECORD_BYTES_MAX
 
 SEAL_NAME = "SEAL"
@@ -106,6 +106,35 @@ def scan_segment(segment: Segment, *, last_segment: bool, scratch: bytearray | N
         raise damaged(segment.path, error) from error
     segment.end, segment.marks = scanned.end, scanned.marks
     return scanned
+
+
+def mend(segment: Segment, fd: int, tail: wal.Scan, ops: FileOps) -> None:
+    """Make the last segment end cleanly at its last whole record. Raises OSError, DamagedError."""
+    if tail.torn_bytes:
+        # Durable before the trailer: else a crash could leave a new trailer before old bytes.
+        ops.zero(fd, tail.end, tail.header.segment_bytes - tail.end)
+        ops.sync_data(fd)
+    if tail.untrailed_from is not None:
+        start = tail.untrailed_from
+        batch = os.pread(fd, tail.end - start, start)
+        trailer = fmt.encode_trailer(tail.header, start, batch)
+        if tail.end + len(trailer) > tail.header.segment_bytes:
+            raise DamagedError(segment.path, tail.end, "no room for the last batch's trailer")
+        ops.write(fd, (trailer,), tail.end)
+        segment.end = tail.end + len(trailer)
+    # Whole records of a process that was killed before its fdatasync count as durable only from here on.
+    ops.sync_data(fd)
+
+
+def shorten(segment: Segment, sequence: int, *, last_segment: bool) -> wal.Cut:
+    """Its beginning up to `sequence`; all of it is verified first. Raises DamagedError."""
+    data = read_segment(segment)
+    try:
+        if wal.scan(data, last_segment=last_segment).torn:
+            raise DamagedError(segment.path, None, "what was durable at its end is gone")
+    except fmt.WalError as error:
+        raise damaged(segment.path, error) from error
+    return wal.cut(data, segment.header, sequence)
 
 
 def _read_header(path: Path) -> Segment:

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from heapq import merge
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from storage import lookups, opening, snapshot
-from storage.bulk import Columns
+from storage import buckets, lookups, opening, snapshot
+from storage.buckets import Digested, Digests, Seen
+from storage.bulk import Columns, columns
 from storage.checkpoint import CheckpointJob
 from storage.compaction import CompactionJob
 from storage.config import StorageConfig
+from storage.crash_points import reached
 from storage.disk import Log
-from storage.errors import DiskFullError, IndexingError, ReplicaStoppedError, StorageError
+from storage.epochs import Epochs
+from storage.errors import (
+    DamagedError,
+    DiskFullError,
+    IndexingError,
+    LogGoneError,
+    ReplicaStoppedError,
+    StorageError,
+)
 from storage.index import make_engine
 from storage.index.base import Engine
 from storage.lookups import Row
-from storage.records import EMPTY, Fingerprint, Kind, Operation, Record, Version, fingerprint
+from storage.marks import column_parts, parts
+from storage.quarantine import Quarantine
+from storage.records import EMPTY, Fingerprint, Kind, Mark, Operation, Record, Version, fingerprint
 from storage.replaying import Replay
 from storage.saved_graph import SavedGraph
+from storage.side import SideFile, SideFiles
 from storage.space import Space, WriteRows, space_figures
 from storage.table import Table, TableState
+from storage.tombstones import decode_floor
 from storage.view import ShardView, Statistics
 from storage.write_ids import WriteIds
 
 __all__ = ["Replica", "Row"]
 
 _RETRY_S = 5.0
+# Tombstones that one PURGE mark removes at most, when the primary asks `purge_point`.
+_PURGE_MAX = 5_000
 
 
 class Replica:
@@ -45,9 +65,11 @@ class Replica:
         self._log: Log = parts.log
         self._spaces: dict[Kind, Space] = parts.spaces
         self._write_ids: WriteIds = parts.write_ids
+        self._sides: SideFiles = parts.sides
+        self._quarantine: Quarantine = parts.quarantine
         self._state: TableState = parts.state  # of the last checkpoint
         self.position: Version = parts.state.position
-        self.epoch_starts: dict[int, int] = dict(parts.state.epoch_starts)
+        self._epochs = Epochs(parts.state.epoch_starts, parts.state.placements)
         self.purge_floor = parts.state.purge_floor
         self._stopped: StorageError | None = None
         self._checkpoint: CheckpointJob | None = None
@@ -58,7 +80,11 @@ class Replica:
         self._compact_retry_at = 0.0
         self._checkpointed_at = time.monotonic()
         self._frozen_bytes = 0
-        self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0}
+        # Who → the first sequence that the log is to keep for it, however old. Changed by the writer.
+        self.log_holds: dict[str, int] = {}
+        self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0, "cuts": 0}
+        # The bucket digests at the log's last DIGEST marks.
+        self.digested = Digested()
         self._graph = SavedGraph(parts.directory)
         self.engine: Engine = make_engine(config)
         self.view: ShardView
@@ -115,13 +141,56 @@ class Replica:
         """The item or user, its checksums verified. Raises DamagedError."""
         return lookups.get(self._table, self._spaces[kind], id)
 
-    def metadata(self, ids: Iterable[int]) -> list[bytes]:
-        """Packed metadata of items in the order of `ids`, b"" for one that is gone. Raises DamagedError."""
+    def version_of(self, kind: Kind, id: int) -> Version | None:
+        """Of the newest entry, a tombstone's too; None when there is none. Raises DamagedError."""
+        return lookups.version_of(self._table, self._spaces[kind], id)
+
+    def metadata(self, ids: Sequence[int]) -> list[bytes | None]:
+        """Packed metadata of items in the order of `ids`; b"" for one that is gone, None for one whose entry is damaged.
+
+        Raises DamagedError when the table itself cannot be read.
+        """
         return lookups.metadata(self._table, self._spaces[Kind.ITEM], ids)
 
     def written(self, write_id: bytes) -> tuple[Version, int] | None:
         """The last version written under a client's write_id, and how many of its records the log has."""
         return self._write_ids.get(write_id)
+
+    @property
+    def epoch_starts(self) -> Mapping[int, int]:
+        """Epoch → the first sequence logged in it, of the epochs that the log reaches back to and the one before."""
+        return self._epochs.starts
+
+    @property
+    def placement(self) -> bytes:
+        """Metadata of the last EPOCH mark in the log, b"" when there is none."""
+        return self._epochs.placement
+
+    @property
+    def replica_id(self) -> int:
+        """Random, made with the directory: another one in a rebuilt replica and in a copy from a snapshot."""
+        return self._state.replica_id
+
+    @property
+    def node_id(self) -> str:
+        """Whose directory it is."""
+        return self._state.node_id
+
+    def renew_replica_id(self) -> int:
+        """A new one, durable on return. Blocks; no checkpoint or compaction may be under way.
+
+        Raises DiskFullError (nothing has changed), ReplicaStoppedError.
+        """
+        self._check_running()
+        assert self._checkpoint is None, "no checkpoint beside a new replica id"
+        state = dataclasses.replace(self._state, replica_id=opening.new_replica_id())
+        try:
+            self._table.commit(state, {})
+        except ReplicaStoppedError as error:
+            self._stop(error)
+            raise
+        self._state = state
+        return state.replica_id
 
     @property
     def newest_ns(self) -> int:
@@ -137,6 +206,11 @@ class Replica:
     def logged(self) -> int:
         """The last durable sequence: `position` follows it as soon as the loop has applied it."""
         return self._log.last.sequence
+
+    @property
+    def logged_at(self) -> Version:
+        """(epoch, sequence) of the last durable record."""
+        return self._log.last
 
     def read_log(self, after: int, max_bytes: int) -> bytes:
         """Whole durable records with sequence > after, at least one if there is one. Raises LogGoneError."""
@@ -250,6 +324,16 @@ class Replica:
         write_ids = self._write_ids.freeze()
         state = self._current_state().with_rowset(kind, rowset, rows)
         changes = {kind_: space.layers[0] for kind_, space in self._spaces.items()} | {kind: moved}
+        self._commit(state, changes, write_ids)
+        return state
+
+    def _commit(
+        self,
+        state: TableState,
+        changes: Mapping[Kind, Mapping[int, bytes]],
+        write_ids: Mapping[bytes, bytes | None],
+    ) -> None:
+        """Rows, then one transaction with what `WriteIds.freeze` gave. Raises StorageError."""
         kept = False
         try:
             for space in self._spaces.values():
@@ -261,7 +345,6 @@ class Replica:
             raise
         finally:
             self._write_ids.thaw(kept=kept)
-        return state
 
     def compaction_ended(self) -> None:
         """Called by a job that gave up."""
@@ -273,6 +356,126 @@ class Replica:
             return None
         return next((space for space in self._spaces.values() if space.wasteful(self.config)), None)
 
+    # -- cutting a tail -------------------------------------------------------------------------------------------
+
+    def cut(self, sequence: int) -> bool:
+        """The log ends at `sequence`, 0 ≤ sequence < last. Whether what it lost is in a side file: not if it was only marks.
+
+        Blocks; in append's thread, with everything applied and no checkpoint or compaction under way. A crash at any
+        point leaves a whole replica, cut or not, on which it can be called again. Rows stay: versions say which win.
+        Raises LogGoneError, DiskFullError (neither log nor table has changed), DamagedError, ReplicaStoppedError.
+        """
+        self._check_running()
+        assert self._checkpoint is None, "no checkpoint beside a cut"
+        assert self._compaction is None, "no compaction beside a cut"
+        assert 0 <= sequence < self.position.sequence == self._log.last.sequence
+        first = self._log.first_sequence
+        if sequence < first and (sequence, first) != (0, 1):
+            raise LogGoneError(f"the log begins at sequence {first}; it cannot be cut to end at {sequence}")
+        try:
+            side = self._sides.keep(self._log.tail(sequence))
+            reached("cut.after_side_file")
+            self._log.cut(sequence, self._go_back)
+            reached("cut.after_log")
+        except (DamagedError, ReplicaStoppedError) as error:
+            self._stop(error)
+            raise
+        self._counters["cuts"] += 1
+        self._publish()
+        return side is not None
+
+    def _go_back(self, last: Version) -> None:
+        """One transaction makes the checkpoint what it was at `last`, but for the rows: they are those of memory."""
+        self._write_ids.cut(record for _, record in self._log.tail(last.sequence))
+        versions = {
+            record.version
+            for _, record in self._log.tail(last.sequence)
+            if record.operation is not Operation.MARK
+        }
+        epochs = self._epochs.up_to(last.sequence)
+        write_ids = self._write_ids.freeze()
+        state = opening.with_state(
+            self._state, self._spaces, position=last, epochs=epochs,
+            purge_floor=self.purge_floor, write_ids=self._write_ids.chunks,
+        )  # fmt: skip
+        try:
+            self._commit(state, {kind: space.layers[0] for kind, space in self._spaces.items()}, write_ids)
+        except StorageError:
+            self._write_ids.apply(record for _, record in self._log.tail(last.sequence))
+            raise
+        reached("cut.after_checkpoint")
+        for space in self._spaces.values():
+            space.layers = ({}, {})
+        self._sides.afloat |= versions
+        self.position, self._epochs = last, epochs
+        self.digested.cut(last.sequence)
+        self.unsaved_bytes = self._pending_rows = 0
+        self._note_checkpoint(state)
+
+    def keep_tail(self, sequence: int) -> SideFile | None:
+        """What the log has after `sequence`, as far as it reaches back, in a side file; None: nothing but marks.
+
+        Before another replica takes the place of this one, while nothing is appended. Raises as `cut`.
+        """
+        return self._sides.keep(self._log.tail(max(sequence, self._log.first_sequence - 1)))
+
+    @property
+    def quarantine_path(self) -> Path:
+        """Where records are put aside."""
+        return self._quarantine.path
+
+    def side_files(self) -> list[SideFile]:
+        """What was cut and not yet removed, oldest first."""
+        return self._sides.list()
+
+    def holds(self, record: Record) -> bool:
+        """Whether a record that is offered again came too late: its id has a newer one, or the log has it already.
+
+        Not when all that is here of it is the row that stayed when it was cut. Raises DamagedError.
+        """
+        there = self.version_of(record.kind, record.id)
+        if there is None or there < record.version:
+            return False
+        return there > record.version or record.version not in self._sides.afloat
+
+    def drop_row(self, kind: Kind, id: int, version: Version) -> bool:
+        """Forgets the row or tombstone if its version is exactly that: of a record that was put aside elsewhere.
+
+        On the loop. Durable with the next checkpoint: only then may its side file go. Raises ReplicaStoppedError.
+        """
+        self._check_running()
+        dropped = self._spaces[kind].drop(self._table, id, version)
+        if dropped:
+            self._publish()
+        return dropped
+
+    def quarantine(self, records: Sequence[Record]) -> None:
+        """Puts records aside, durably on return; those that are there already are left out. Blocks.
+
+        Raises QuarantineFullError, DiskFullError (nothing has changed), DamagedError, ReplicaStoppedError.
+        """
+        self._quarantine.add(records)
+
+    def quarantined(self) -> list[Record]:
+        """What was put aside, read from the disk. Raises DamagedError."""
+        return self._quarantine.records()
+
+    @property
+    def tombstones(self) -> int:
+        return sum(len(space.tombstones) for space in self._spaces.values())
+
+    def purgeable(self, up_to: int) -> bool:
+        """Whether a PURGE mark has something to do, when every replica has passed the log's sequence `up_to`."""
+        return self.purge_point(up_to) is not None
+
+    def purge_point(self, up_to: int) -> Version | None:
+        """The floor for that mark: at or below `up_to`, older than `tombstones_keep_s`, and of so many tombstones
+        that applying it holds the loop up for some milliseconds only. None when there is none."""
+        older_than_ns = time.time_ns() - int(self.config.tombstones_keep_s * 1e9)
+        bound = min(self._log.aged(older_than_ns), self._epochs.place(up_to))
+        found = merge(*(space.tombstones.up_to(bound) for space in self._spaces.values()))
+        return max(islice(found, _PURGE_MAX), default=None)
+
     # -- the rest -------------------------------------------------------------------------------------------------
 
     def export(self, directory: Path, *, checkpoint: bool = True) -> None:
@@ -283,20 +486,47 @@ class Replica:
         """
         if checkpoint:
             self.checkpoint()
-        snapshot.export(
-            Path(directory), table=self._table, files={kind: s.file for kind, s in self._spaces.items()},
-            index=opening.index_directory(self.directory, self.view.rowset),
-        )  # fmt: skip
+        snapshot.export(Path(directory), **self._checkpointed())
+
+    def pin(self, directory: Path) -> snapshot.Pinned:
+        """The last checkpoint's files in `directory`, on the same file system: linked where they only grow. From any thread,
+        beside writes, not beside a job. Raises as `snapshot.pin`."""
+        return snapshot.pin(directory, **self._checkpointed(), link=True)
+
+    def _checkpointed(self) -> dict[str, Any]:
+        return {
+            "table": self._table,
+            "files": {kind: space.file for kind, space in self._spaces.items()},
+            "index": opening.index_directory(self.directory, self.view.rowset),
+            # Of what was cut, rows may still be in the table; whoever has those must offer it, too.
+            "tails": [file.path for file in self.side_files()],
+            "record_at": lambda sequence: self.read_log(sequence - 1, 1),
+        }
 
     @staticmethod
     def import_snapshot(
-        source: Path, directory: Path, *, shard: int, node_id: str, config: StorageConfig
+        source: Path,
+        directory: Path,
+        *,
+        shard: int,
+        node_id: str,
+        config: StorageConfig,
+        replica_id: int | None = None,
     ) -> None:
         """A replica directory from a snapshot; `directory` must not exist. Open it afterwards.
 
+        replica_id: of the replica whose place it takes, None for a new one.
+
         Raises DamagedError, FormatError, ForeignDataError, DiskFullError; then nothing is left.
         """
-        snapshot.import_snapshot(Path(source), Path(directory), shard=shard, node_id=node_id, config=config)
+        snapshot.import_snapshot(
+            Path(source),
+            Path(directory),
+            shard=shard,
+            node_id=node_id,
+            config=config,
+            replica_id=replica_id,
+        )
 
     def statistics(self) -> Statistics:
         """Counters and sizes; `digest` is equal on replicas that hold the same."""
@@ -320,9 +550,37 @@ class Replica:
             | self._counters
         )
 
+    def digest(self, kind: Kind) -> int:
+        """Equal on replicas that hold the same records of `kind`."""
+        return self._spaces[kind].digest()
+
     def bucket_digests(self, kind: Kind) -> tuple[int, ...]:
         """256 XOR digests of entries, by the low byte of the id; equal on replicas that hold the same."""
         return tuple(self._spaces[kind].buckets)
+
+    def _digests(self) -> Digests:
+        return {kind: self.bucket_digests(kind) for kind in self._spaces}
+
+    def listing(
+        self, kind: Kind, wanted: Collection[int], after: int, limit: int
+    ) -> tuple[dict[int, Seen], int]:
+        """As `buckets.listing`."""
+        return buckets.listing(self._table, self._spaces[kind], wanted, after, limit)
+
+    def copies(self, kind: Kind, ids: Sequence[int]) -> list[Record]:
+        """As `buckets.copies`; from any thread."""
+        return buckets.copies(self._table, self._spaces[kind], ids)
+
+    def mend(self, record: Record) -> bool:
+        """The entry of that very version gets the record's content; False: there is none. On the loop, nothing is appended
+        meanwhile; durable with the next checkpoint. Raises DiskFullError, ReplicaStoppedError, DamagedError."""
+        self._check_running()
+        space = self._spaces[record.kind]
+        space.file.ensure(space.rows + self._pending_rows + 1)
+        mended = buckets.mend(self._table, space, record)
+        if mended:
+            self._publish()
+        return mended
 
     def close(self) -> None:
         """Checkpoint, graph, seal, files. When the disk refuses, what the log has is replayed at the next open."""
@@ -345,6 +603,16 @@ class Replica:
             self._compaction.close()
         self._close_files(seal=False)
 
+    def retire(self) -> None:
+        """Closes files and touches no name: another replica has taken the directory's place. No job may be under way."""
+        self._stop(ReplicaStoppedError(f"another replica of shard {self.shard} has taken its place"))
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._owner.close)
+            stack.callback(self._table.close, seal=False)
+            for space in self._spaces.values():
+                stack.callback(space.file.close)
+            stack.callback(self._log.release)
+
     def _abandon_jobs(self) -> None:
         if self._checkpoint is not None:
             self.finish_checkpoint(self._checkpoint)
@@ -365,6 +633,8 @@ class Replica:
         verified = time.monotonic()
         replay = Replay(self, self._log, [space.file for space in self._spaces.values()])
         replay.run(self.position.sequence)
+        if self._sides.list():
+            self._sides.load_afloat(self._versions_after(self._sides.first_sequence - 1))
         self._publish()
         replayed_at = time.monotonic()
         loaded = self._graph.load(self.engine, self.view)
@@ -376,13 +646,26 @@ class Replica:
             total_s=end - start, log=self._log.statistics(),
         )  # fmt: skip
 
+    def _versions_after(self, sequence: int) -> set[tuple[int, int]]:
+        """Of all records that the log has after `sequence`."""
+        after = min(max(sequence, self._log.first_sequence - 1), self.logged)
+        found: set[tuple[int, int]] = set()
+        for _, data, offset, end in self._log.spans(after):
+            for part in columns(data, offset, end, after, 2_048):
+                found |= part.versions()
+        return found
+
     def take_logged(self, records: Columns, write: WriteRows) -> None:
         """Replay's part of `apply`: the log has these already, and no view is published. Raises DiskFullError."""
-        for kind, space in self._spaces.items():
-            mine = records.of(kind)
-            if len(mine):
-                space.file.ensure(space.rows + len(mine))
-                space.apply_columns(mine, self._table, write)
+        for part, mark in column_parts(records):
+            for kind, space in self._spaces.items():
+                mine = part.of(kind)
+                if len(mine):
+                    space.file.ensure(space.rows + len(mine))
+                    space.apply_columns(mine, self._table, write)
+            self._take_mark(mark)
+        for mark in records.of(Kind.NONE).records():
+            self._epochs.mark(mark)
         head = records.headers
         self._write_ids.apply_columns(head)
         self._advance(head["epoch"].tolist(), head["sequence"].tolist())
@@ -393,24 +676,39 @@ class Replica:
             return
         self._check_running()
         try:
-            for kind, space in self._spaces.items():
-                mine = [record for record in records if record[6] is kind]
-                if mine:
-                    with self._table.lookup(kind) as lookup:
-                        space.apply(mine, lookup)
+            for part, mark in parts(records):
+                for kind, space in self._spaces.items():
+                    mine = [record for record in part if record[6] is kind]
+                    if mine:
+                        with self._table.lookup(kind) as lookup:
+                            space.apply(mine, lookup)
+                self._take_mark(mark)
         except StorageError as error:
             self._stop(error)
             raise
+        for record in records:
+            if record[6] is Kind.NONE:
+                self._epochs.mark(record)
+        if self._sides.afloat:
+            self._sides.afloat.difference_update(record.version for record in records)
         self._write_ids.apply(records)
         self._advance([record.epoch for record in records], [record.sequence for record in records])
         puts = sum(record[5] is Operation.PUT for record in records)
         self._pending_rows = max(0, self._pending_rows - puts)
 
+    def _take_mark(self, mark: Record | None) -> None:
+        """What a PURGE or DIGEST mark does at its place."""
+        if mark is None:
+            return
+        if mark.id == Mark.DIGEST:
+            self.digested.note(Version(mark.epoch, mark.sequence), self._digests())
+            return
+        self.purge_floor = max(self.purge_floor, decode_floor(mark.metadata))
+        for space in self._spaces.values():
+            space.purge(self.purge_floor)
+
     def _advance(self, epochs: Sequence[int], sequences: Sequence[int]) -> None:
-        if epochs[-1] != self.position.epoch:
-            for epoch, sequence in zip(epochs, sequences, strict=True):
-                if epoch > self.position.epoch:
-                    self.epoch_starts.setdefault(epoch, sequence)
+        self._epochs.advance(self.position.epoch, epochs, sequences)
         self.position = Version(epochs[-1], sequences[-1])
 
     def _publish(self) -> None:
@@ -426,14 +724,17 @@ class Replica:
         self.searchable = (self.view, self.engine)
 
     def _current_state(self) -> TableState:
+        self._epochs.prune(self._log.first_sequence)
         return opening.with_state(
-            self._state, self._spaces, position=self.position, epoch_starts=self.epoch_starts,
+            self._state, self._spaces, position=self.position, epochs=self._epochs,
             purge_floor=self.purge_floor, write_ids=self._write_ids.chunks,
         )  # fmt: skip
 
     def _after_checkpoint(self, state: TableState) -> None:
         older_than_ns = time.time_ns() - int(self.config.wal_keep_s * 1e9)
-        self._log.drop_before(state.position.sequence + 1, older_than_ns)
+        # The record at the checkpoint's position stays: whoever takes a snapshot of it must name that record.
+        kept_from = min([state.position.sequence, *self.log_holds.values()])
+        self._log.drop_before(kept_from, older_than_ns)
         self._table.drop_behind()
         self._graph.save(self.engine, state.items.rowset)
 

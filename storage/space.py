@@ -19,6 +19,7 @@ from storage.entries import (
     BUCKETS,
     CLASSES,
     CONTENT,
+    GONE,
     NO_ROW,
     OPERATION_OFFSET,
     TAIL,
@@ -28,8 +29,9 @@ from storage.entries import (
 )
 from storage.errors import DamagedError, ForeignDataError
 from storage.records import HEADER_BYTES as RECORD_BYTES
-from storage.records import Kind, Operation, Record, decode
+from storage.records import Kind, Operation, Record, Version
 from storage.table import KindState, Lookup, Table
+from storage.tombstones import Tombstones
 from storage.vectors import RowFile
 
 WriteRows = Callable[[RowFile, int, Sequence[memoryview]], None]
@@ -116,6 +118,7 @@ class Space:
         self.layers: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})
         self.rows = self.alive = self.entries = 0
         self.buckets = [0] * BUCKETS
+        self.tombstones = Tombstones()
         # Items only: a user's row is found by its entry alone.
         self.arrays = Rows(class_width) if kind is Kind.ITEM else None
         # Ids changed since a compaction began; None while none runs.
@@ -141,7 +144,7 @@ class Space:
         entry = overlay.get(id)
         if entry is None:
             entry = frozen.get(id)
-        return table.get(self.kind, id) if entry is None else entry
+        return table.get(self.kind, id) if entry is None else entry or None
 
     def apply(self, records: Sequence[Record], lookup: Lookup) -> None:
         """Takes records of this kind in the order of the log; those that are not newer change nothing.
@@ -149,7 +152,7 @@ class Space:
         The row file must have room. Written for speed: one pass, no objects but the entry's bytes.
         """
         (overlay, frozen), buckets = self.layers, self.buckets
-        hash64, kind = xxh3_64_intdigest, int(self.kind)
+        hash64, kind, tombstones = xxh3_64_intdigest, int(self.kind), self.tombstones
         first = row = self.rows
         ids, vectors, classes_bytes, counts, dead = [], [], [], [], []
         count, changed = 0, []
@@ -159,7 +162,7 @@ class Space:
                 old = frozen.get(id)
                 if old is None:
                     old = lookup(id.to_bytes(8, "big"))
-            if old is None:
+            if not old:
                 count += 1
             else:
                 if VERSION.unpack_from(old, VERSION_OFFSET) >= version:
@@ -167,6 +170,8 @@ class Space:
                 buckets[id & 255] ^= hash64(old[CONTENT], id)
                 if old[OPERATION_OFFSET] == _PUT:
                     dead.append(int.from_bytes(old[4:8], "little"))
+                else:
+                    tombstones.discard(id)
             class_count = len(classes)
             packed = CLASSES[class_count].pack(*classes)
             if operation is Operation.PUT:
@@ -179,7 +184,10 @@ class Space:
             else:
                 tail = TAIL.pack(NO_ROW, *version, body_check, class_count, _DELETE, kind) + packed + metadata
             overlay[id] = (hash64(tail, id) & 0xFFFFFFFF).to_bytes(4, "little") + tail
-            buckets[id & 255] ^= hash64(tail[4:32], id)
+            content_hash = hash64(tail[4:32], id)
+            buckets[id & 255] ^= content_hash
+            if operation is not Operation.PUT:
+                tombstones.add(id, version, content_hash)
             changed.append(id)
         if self.changed is not None:
             self.changed.update(changed)
@@ -200,9 +208,8 @@ class Space:
         ids: list[int] = head["id"].tolist()
         if len(set(ids)) < len(ids):
             # An id that comes twice depends on itself: rare in one batch, and left to the plain way.
-            data, starts = records.data, records.starts.tolist()
             with table.lookup(self.kind) as lookup:
-                self.apply([decode(data, start) for start in starts], lookup)
+                self.apply(records.records(), lookup)
             return
         taken, dead = self._newer(ids, records, table)
         put = taken & (head["operation"] == _PUT)
@@ -217,13 +224,16 @@ class Space:
         stops = splits + 2 * head["class_count"].astype(np.int64) + head["metadata_bytes"]
         overlay, buckets, hash64, data = self.layers[0], self.buckets, xxh3_64_intdigest, records.data
         places = range(0, TAIL_BYTES * len(ids), TAIL_BYTES)
-        for id, at, low, high, new in zip(
-            ids, places, splits.tolist(), stops.tolist(), taken.tolist(), strict=True
+        for id, at, low, high, new, alive in zip(
+            ids, places, splits.tolist(), stops.tolist(), taken.tolist(), put.tolist(), strict=True
         ):
             if new:
                 tail = heads[at : at + TAIL_BYTES] + data[low:high]
                 overlay[id] = (hash64(tail, id) & 0xFFFFFFFF).to_bytes(4, "little") + tail
-                buckets[id & 255] ^= hash64(heads[at + 4 : at + TAIL_BYTES], id)
+                content_hash = hash64(heads[at + 4 : at + TAIL_BYTES], id)
+                buckets[id & 255] ^= content_hash
+                if not alive:
+                    self.tombstones.add(id, VERSION.unpack_from(heads, at + 4), content_hash)
         if self.changed is not None:
             self.changed.update(ids)
         view, low_ends = memoryview(data), (splits - self.file.row_bytes)[put].tolist()
@@ -251,6 +261,7 @@ class Space:
         for layer in (frozen, overlay):
             if not layer.keys().isdisjoint(ids):
                 known |= {id: layer[id] for id in ids if id in layer}
+        known = {id: entry for id, entry in known.items() if entry}
         taken, dead, old_count = np.ones(len(ids), np.bool_), list[int](), len(known)
         for place, id in enumerate(ids) if known else ():
             old = known.get(id)
@@ -263,8 +274,37 @@ class Space:
             self.buckets[id & 255] ^= xxh3_64_intdigest(old[CONTENT], id)
             if old[OPERATION_OFFSET] == _PUT:
                 dead.append(int.from_bytes(old[4:8], "little"))
+            else:
+                self.tombstones.discard(id)
         self.entries += len(ids) - old_count
         return taken, dead
+
+    def purge(self, floor: Version) -> None:
+        """Every tombstone at or below `floor` is forgotten: here now, in the table with the next checkpoint."""
+        gone, overlay = self.tombstones.purge(floor), self.layers[0]
+        for id, content_hash in gone:
+            self.buckets[id & 255] ^= content_hash
+            overlay[id] = GONE
+        self.entries -= len(gone)
+        if self.changed is not None:
+            self.changed.update(id for id, _ in gone)
+
+    def drop(self, table: Table, id: int, version: Version) -> bool:
+        """Forgets `id` as if it had never been written, if its entry is of exactly that version."""
+        entry = self.find(table, id)
+        if entry is None or VERSION.unpack_from(entry, VERSION_OFFSET) != version:
+            return False
+        if entry[OPERATION_OFFSET] == _PUT:
+            self.alive -= 1
+            if self.arrays is not None:
+                self.arrays.kill([int.from_bytes(entry[4:8], "little")])
+        self.tombstones.discard(id)
+        self.buckets[id & 255] ^= entries.content_hash(id, entry)
+        self.entries -= 1
+        self.layers[0][id] = GONE
+        if self.changed is not None:
+            self.changed.add(id)
+        return True
 
     def freeze(self) -> dict[int, bytes]:
         """The changes since the last checkpoint, set aside until `thaw`."""
@@ -283,7 +323,7 @@ class Space:
         _read_through(self.file, state.rows)
         row_bytes, raw = self.file.row_bytes, self.file.raw
         seen = bytearray(state.rows)
-        rows, ids, blobs, counts = [], [], [], []
+        rows, ids, blobs, counts, deleted = [], [], [], [], []
         hash64, unpack, buckets = xxh3_64_intdigest, TAIL.unpack_from, self.buckets
         kind, total = int(self.kind), 0
         for key, entry in table.scan(self.kind):
@@ -294,8 +334,10 @@ class Space:
                     table.path, None, f"checksum of the entry of {kind_id(self.kind, id)} does not match"
                 )
             row, _, _, body_check, class_count, operation, entry_kind = unpack(entry, 4)
-            buckets[id & 255] ^= hash64(entry[CONTENT], id)
+            content_hash = hash64(entry[CONTENT], id)
+            buckets[id & 255] ^= content_hash
             if operation != _PUT:
+                deleted.append((*VERSION.unpack_from(entry, VERSION_OFFSET), id, content_hash))
                 continue
             if row >= state.rows or seen[row] or entry_kind != kind:
                 raise DamagedError(
@@ -314,6 +356,7 @@ class Space:
             blobs.append(entry[36 : 36 + 2 * class_count])
             counts.append(class_count)
         self.rows, self.alive, self.entries = state.rows, len(rows), total
+        self.tombstones.load(deleted)
         if (total, self.digest()) != (state.entries, state.digest):
             raise DamagedError(
                 table.path, None, f"{entries.kind_name(self.kind)} are not those of the last checkpoint"
@@ -336,6 +379,7 @@ def space_figures(spaces: Mapping[Kind, Space]) -> dict[str, Any]:
         "rowset": items.rowset,
         "vector_bytes": (items.rows + users.rows) * items.file.row_bytes,
         "digest": f"{items.digest() ^ users.digest():016x}",
+        "tombstones": len(items.tombstones) + len(users.tombstones),
         "unsaved_entries": sum(len(part) for space in (items, users) for part in space.layers),
     }
 

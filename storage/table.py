@@ -16,18 +16,18 @@ import lmdb
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from storage.entries import kind_name
+from storage.entries import GONE, kind_name
 from storage.errors import DamagedError, DiskFullError, FormatError, ReplicaStoppedError, StorageError
 from storage.records import Kind, Version
 from storage.table_seal import check_seal, write_seal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAP_BYTES = 1 << 30
 _STATE_KEY = b"state"
 NOWHERE = Version(0, 0)
 _KINDS = (Kind.ITEM, Kind.USER)
 # Entries read under one hold of the lock: about a millisecond, because the event loop may wait for it.
-_SCAN_STEP = 512
+SCAN_STEP = 512
 Lookup = Callable[[bytes], bytes | None]
 
 
@@ -54,8 +54,12 @@ class TableState:
     users: KindState = KindState()
     # epoch → the first sequence logged in it
     epoch_starts: Mapping[int, int] = field(default_factory=dict)
-    purge_floor: int = 0
+    # sequence of an EPOCH mark → its metadata
+    placements: Mapping[int, bytes] = field(default_factory=dict)
+    purge_floor: Version = NOWHERE
     write_ids: int = 0
+    # Names this copy of the shard's data: another one when it was made anew or came from a snapshot.
+    replica_id: int = 0
 
     def of(self, kind: Kind) -> KindState:
         return self.items if kind is Kind.ITEM else self.users
@@ -147,7 +151,7 @@ class Table:
             return
         first, left = (after + 1).to_bytes(8, "big"), limit
         while left is None or left > 0:
-            step = _SCAN_STEP if left is None else min(left, _SCAN_STEP)
+            step = SCAN_STEP if left is None else min(left, SCAN_STEP)
             with (
                 self._lock,
                 self._failing(),
@@ -178,7 +182,7 @@ class Table:
         changes: Mapping[Kind, Mapping[int, bytes]],
         write_ids: Mapping[bytes, bytes | None] | None = None,
     ) -> None:
-        """One synced transaction: entries into the rowsets `state` names, write_ids (None removes), state.
+        """One synced transaction: entries (GONE removes) into the rowsets `state` names, write_ids (None removes), state.
 
         Raises DiskFullError (nothing has changed), ReplicaStoppedError, DamagedError.
         """
@@ -192,7 +196,10 @@ class Table:
         def work(txn: Any) -> None:
             for db, pairs in batches:
                 with txn.cursor(db=db) as cursor:
-                    cursor.putmulti(pairs)
+                    cursor.putmulti([pair for pair in pairs if pair[1] != GONE])
+                for key, entry in pairs:
+                    if entry == GONE:
+                        txn.delete(key, db=db)
             for key, value in (write_ids or {}).items():
                 if value is None:
                     txn.delete(key, db=writes)
@@ -324,7 +331,9 @@ def _pairs(entries: Mapping[int, bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def _encode_state(state: TableState) -> bytes:
-    text = json.dumps({"format": FORMAT_VERSION} | asdict(state), sort_keys=True).encode()
+    fields = {"format": FORMAT_VERSION} | asdict(state)
+    fields["placements"] = {at: placement.hex() for at, placement in state.placements.items()}
+    text = json.dumps(fields, sort_keys=True).encode()
     return xxh3_64_intdigest(text).to_bytes(8, "little") + text
 
 
@@ -338,6 +347,8 @@ def _decode_state(path: Path, raw: bytes) -> TableState:
     fields["position"] = Version(*fields["position"])
     fields["items"], fields["users"] = KindState(**fields["items"]), KindState(**fields["users"])
     fields["epoch_starts"] = {int(epoch): start for epoch, start in fields["epoch_starts"].items()}
+    fields["placements"] = {int(at): bytes.fromhex(text) for at, text in fields["placements"].items()}
+    fields["purge_floor"] = Version(*fields["purge_floor"])
     return TableState(**fields)
 
 

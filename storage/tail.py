@@ -35,6 +35,14 @@ class Tail:
             del kept[:head]
             self._head = 0
 
+    def cut(self, last: int) -> None:
+        """The log ends at `last`."""
+        kept = self._records
+        drop = min(self._last - last, len(kept) - self._head)
+        self.bytes -= sum(map(len, kept[len(kept) - drop :]))
+        del kept[len(kept) - drop :]
+        self._last = last
+
     def after(self, sequence: int, max_bytes: int) -> list[bytes] | None:
         """Records after `sequence` up to `max_bytes`, at least one if there is one; None: ask the disk."""
         first = self.first

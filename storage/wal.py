@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 from storage.bulk import glide
 from storage.records import HEADER_BYTES as RECORD_HEADER_BYTES
 from storage.records import Record, RecordError, Version, decode
+from storage.segment import HEADER_BYTES as SEGMENT_HEADER_BYTES
 from storage.segment import (
     SECTOR_BYTES,
     TRAILER_BYTES,
@@ -29,6 +30,7 @@ from storage.segment import (
     Buffer,
     SegmentHeader,
     WalError,
+    encode_trailer,
     parse_header,
     resembles_trailer,
     trailer_at,
@@ -208,8 +210,8 @@ def _judge(data: Buffer, walked: _Walk) -> Scan:
 def _content_end(data: Buffer, offset: int) -> int:
     """Where the last byte that is not zero ends, `offset` when there is none behind it."""
     end = len(data)
-    # Comparing goes by memcmp; stripping looks at each byte.
-    while end - offset >= len(_ZEROS) and data[end - len(_ZEROS) : end] == _ZEROS:
+    # Comparing bytes goes by memcmp, a copy included; stripping, and comparing a memoryview, looks at each byte.
+    while end - offset >= len(_ZEROS) and bytes(data[end - len(_ZEROS) : end]) == _ZEROS:
         end -= len(_ZEROS)
     start = max(offset, end - len(_ZEROS))
     while (kept := len(bytes(data[start:end]).rstrip(b"\0"))) == 0 and start > offset:
@@ -257,6 +259,34 @@ def walk(data: Buffer, base: int, offset: int) -> Iterator[tuple[int, int, int]]
             raise WalError(base + at, str(error)) from error
         yield record.sequence, base + at, base + at + length
         at += length
+
+
+class Cut(NamedTuple):
+    """The beginning of a segment."""
+
+    # What follows the header: whole batches.
+    content: bytes
+    last: Version
+    last_timestamp_ns: int
+
+
+def cut(data: bytes, header: SegmentHeader, sequence: int) -> Cut:
+    """A verified segment up to record `sequence`, or to its header; a batch that is cut in two gets a new trailer."""
+    offset = batch_start = SEGMENT_HEADER_BYTES
+    last, stamp = Version(header.previous_epoch, header.first_sequence - 1), header.previous_timestamp_ns
+    while offset + RECORD_HEADER_BYTES <= len(data):
+        length, _, _, epoch, found, found_stamp, *_ = _PEEK.unpack_from(data, offset)
+        if length == _MAGIC:
+            offset = batch_start = offset + TRAILER_BYTES
+            continue
+        if length == 0 or found > sequence:
+            break
+        last, stamp = Version(epoch, found), found_stamp
+        offset += length
+    content = data[SEGMENT_HEADER_BYTES:offset]
+    if offset > batch_start:
+        content += encode_trailer(header, batch_start, data[batch_start:offset])
+    return Cut(content, last, stamp)
 
 
 def replay(data: Buffer, offset: int, end: int) -> Iterator[Record]:

@@ -16,6 +16,7 @@ from storage.records import NO_WRITE_ID, Record, Version
 _VALUE = struct.Struct("<QQQQ")  # epoch, sequence, records, timestamp_ns
 _ROW_BYTES = 16 + _VALUE.size
 _STAMP = struct.Struct("<24xQ")
+_NONE = bytes(8)  # records, of a write_id that was cut altogether
 
 
 class _Chunk(NamedTuple):
@@ -45,6 +46,8 @@ class WriteIds:
         # Lists of ids, some twice, some gone meanwhile: sorted out when a checkpoint asks.
         self._changed: list[Sequence[bytes]] = []
         self._frozen: list[Sequence[bytes]] = []
+        # Cut since the last checkpoint: each outdoes, with no records, what an earlier chunk says.
+        self._forgotten: dict[bytes, bytes] = {}
         self._chunks: list[_Chunk] = []
         self._chunks_before: list[_Chunk] = []
         self._newest_ns = 0
@@ -98,16 +101,44 @@ class WriteIds:
             )
             self._take([row for row in zip(ids, *fields, strict=True) if row[0] != NO_WRITE_ID])
 
+    def cut(self, records: Iterable[Record]) -> None:
+        """Takes back what the records of a tail that the log loses have added.
+
+        What is left of a run ends right before the least of its versions that go.
+        """
+        removed: dict[bytes, list[Version]] = {}
+        for record in records:
+            if record.write_id != NO_WRITE_ID:
+                removed.setdefault(record.write_id, []).append(record.version)
+        for write_id, versions in removed.items():
+            known = self._known.get(write_id)
+            if known is None:
+                continue
+            epoch, sequence, count, stamp = _VALUE.unpack(known)
+            if count <= len(versions):
+                del self._known[write_id]
+                self._forgotten[write_id] = _VALUE.pack(0, 0, 0, stamp)
+                continue
+            if (epoch, sequence) in versions:
+                epoch, sequence = min(versions)
+                sequence -= 1
+            self._known[write_id] = _VALUE.pack(epoch, sequence, count - len(versions), stamp)
+        self._changed.append(list(removed))
+
     def freeze(self) -> Mapping[bytes, bytes | None]:
         """The chunk of what changed since the last checkpoint, and None for those to remove; then `thaw`."""
         self._frozen, self._changed = self._changed, []
         self._chunks_before, known = self._chunks, self._known
-        changed = [id for id in dict.fromkeys(chain.from_iterable(self._frozen)) if id in known]
+        values = {
+            id: known.get(id) or self._forgotten.get(id)
+            for id in dict.fromkeys(chain.from_iterable(self._frozen))
+        }
+        changed = [id + value for id, value in values.items() if value is not None]
         chunks, out = list(self._chunks), dict[bytes, bytes | None]()
         if changed:
             key = chunks[-1].key + 1 if chunks else 1
             chunks.append(_Chunk(key, self._newest_ns, len(changed)))
-            out[key.to_bytes(8, "big")] = b"".join([id + known[id] for id in changed])
+            out[key.to_bytes(8, "big")] = b"".join(changed)
         oldest, newer = self._newest_ns - self._keep_ns, 0
         self._chunks = []
         for chunk in reversed(chunks):
@@ -124,6 +155,8 @@ class WriteIds:
         if not kept:
             self._changed = self._frozen + self._changed
             self._chunks = self._chunks_before
+        else:
+            self._forgotten.clear()  # nothing is cut between `freeze` and here
         self._frozen = []
 
     def load(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
@@ -134,6 +167,9 @@ class WriteIds:
             first = [id for id in written if id not in self._known]
             values = [value[at + 16 : at + _ROW_BYTES] for at in rows]
             self._known.update(zip(written, values, strict=True))
+            for id, stamped in zip(written, values, strict=True):
+                if stamped[16:24] == _NONE:
+                    del self._known[id]
             newest = max((_STAMP.unpack(stamped)[0] for stamped in values), default=0)
             self._chunks.append(_Chunk(int.from_bytes(key, "big"), newest, len(written)))
             self._note(newest, first)
@@ -167,6 +203,8 @@ class WriteIds:
             gone = ids if stamp < oldest else ids[: len(known) - self._count_max]
             later = []
             for id in gone:
+                if id not in known:
+                    continue  # it was cut
                 last_ns = _STAMP.unpack(known[id])[0]
                 if stamp < oldest <= last_ns:
                     later.append(id)  # its run went on after this batch

@@ -143,9 +143,10 @@ def member(
     storage: str = "dim = 16",
     replication: int = 3,
     shard_count: int = 4,
+    settings: str = "",
     more: str = "",
 ) -> Daemon:
-    """One node, not started. ports: peer and app; seeds: peer ports; more: further sections of its settings."""
+    """One node, not started. ports: peer and app; seeds: peer ports; settings: of the cluster; more: further sections."""
     folder.mkdir(parents=True, exist_ok=True)
     peer_port, app_port = ports
     listed = ", ".join(f'"127.0.0.1:{port}"' for port in seeds)
@@ -153,7 +154,7 @@ def member(
         f'[node]\nname = "{name}"\ndata_dir = "{name}"\nzone = "{name}"',
         f'[listen]\nhost = "127.0.0.1"\napp_port = {app_port}\npeer_port = {peer_port}',
         f'[cluster]\nid = "test"\nshard_count = {shard_count}\nreplication = {replication}',
-        f"seeds = [{listed}]\nbootstrap = {bootstrap}",
+        f"seeds = [{listed}]\nbootstrap = {bootstrap}\n{settings}",
         f"[storage]\n{storage}",
         more,
     ]
@@ -168,6 +169,7 @@ def cluster(
     storage: str = "dim = 16",
     replication: int = 3,
     shard_count: int = 4,
+    settings: str = "",
     more: str = "",
     name: str = "node",
 ) -> Iterator[list[Daemon]]:
@@ -184,6 +186,7 @@ def cluster(
             storage=storage,
             replication=replication,
             shard_count=shard_count,
+            settings=settings,
             more=more,
         )
         for i in range(count)

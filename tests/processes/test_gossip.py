@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import gmco
-from tests.processes.cluster import Daemon, cluster, free_ports, member, put_down
+from tests.processes.cluster import ROOT, Daemon, cluster, free_ports, member, put_down
 
 DIM = 16
 KEY = secrets.token_hex(32)
@@ -156,6 +157,34 @@ def test_keys_are_rotated_through_one_node_and_nobody_is_lost(five: list[Daemon]
     five[4].start()
     five[4].wait_states(ALL, 10)
     assert [kinds(five[0], name).count("down") for name in ALL] == downs, "a good-bye is no death"
+
+
+def test_who_follows_events_is_told_of_a_loss_goes_on_elsewhere_and_ends_with_the_last(
+    tmp_path: Path,
+) -> None:
+    said, told = tmp_path / "out", tmp_path / "err"
+    with cluster(tmp_path / "nodes", 3) as daemons, said.open("w") as out, told.open("w") as err:
+        command = [sys.executable, "-m", "admin.cli", "events", "--follow", "--node", daemons[0].url]
+        command += ["--timeout", "3", "--output", "json"]
+        with subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT) as follower:
+            try:
+                until(lambda: "joined" in said.read_text(), 20, "it shows nothing")
+                daemons[0].signal(signal.SIGTERM)
+                until(lambda: "lost node-1: " in told.read_text(), 2, "it does not say that its node stops")
+                # Of the other two it was never told.
+                until(lambda: "saw it" in told.read_text(), 5, "it does not go on at another node")
+                until(lambda: '"left"' in said.read_text(), 5, "it does not show what the other saw")
+                assert follower.poll() is None
+                for daemon in daemons[1:]:
+                    daemon.kill()
+                assert follower.wait(10) == 3
+            finally:
+                follower.kill()
+    last = told.read_text().splitlines()[-1]
+    assert last.startswith("error[unavailable]: no node can be reached: ")
+    for daemon in daemons:
+        assert f"{daemon.url}: connection refused" in last
+    assert told.read_text().count("lost node-") >= 2
 
 
 def lines_of(sock: socket.socket) -> list[str]:

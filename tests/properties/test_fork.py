@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.fork import EpochStarts, cut_at, fork_of
+from node.fork import EpochStarts, cut_at, fork_of, shared_end
 from storage.records import Version
 
 # The epochs of a log's records, in order: [1, 1, 3] is a log of three records.
@@ -49,6 +49,19 @@ def test_the_fork_is_found_exactly_and_soon(pair: tuple[list[int], list[int]]) -
         rounds += 1
         assert rounds <= 8
     assert len(follower) == shared
+
+
+@given(histories(), st.integers(0, 6))
+def test_what_is_provably_shared_is_all_that_is_shared_when_no_start_is_forgotten(
+    pair: tuple[list[int], list[int]], forgotten: int
+) -> None:
+    ours, theirs = pair
+    shared = 0
+    while shared < min(len(ours), len(theirs)) and ours[shared] == theirs[shared]:
+        shared += 1
+    assert shared_end(starts(ours), len(ours), starts(theirs), len(theirs)) == shared
+    known = EpochStarts(list(starts(theirs))[forgotten:])
+    assert shared_end(starts(ours), len(ours), known, len(theirs)) in (0, shared)
 
 
 @given(LOGS)

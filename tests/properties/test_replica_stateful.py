@@ -12,9 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from storage.batch import Batch
 from storage.checkpoint import CheckpointJob
 from storage.compaction import CompactionJob
-from storage.records import Kind
+from storage.records import Kind, Version, decode
 from storage.view import ClassConstraint
 from tests.unit.storage.replica_writer import DIM, Writer, vector
 
@@ -32,7 +33,8 @@ class ReplicaMachine(RuleBasedStateMachine):
         directory = self.stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         self.writer = Writer(Path(directory) / "shard-003")
         self.model: dict[Kind, dict[int, Any]] = {Kind.ITEM: {}, Kind.USER: {}}
-        self.written: dict[bytes, int] = {}
+        # (version, write_id) of each record in the log
+        self.log: list[tuple[Version, bytes]] = []
         self.job: CheckpointJob | None = None
         self.compaction: CompactionJob | None = None
         self.ran = False
@@ -41,8 +43,7 @@ class ReplicaMachine(RuleBasedStateMachine):
     def write(self, changes: list[Any], name: int) -> None:
         write_id = bytes([name]) * 16
         self.writer.write(*changes, write_id=write_id)
-        if name:
-            self.written[write_id] = self.written.get(write_id, 0) + len(changes)
+        self.log += [(record.version, write_id) for record in self.writer.last]
         for kind, id, *body in changes:
             self.model[kind].pop(id, None)
             if body:
@@ -99,6 +100,39 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.compaction.abandon()
         self.compaction = None
 
+    @precondition(lambda self: self.job is None and self.compaction is None and len(self.log) > 0)
+    @rule(data=st.data(), epoch=st.integers(1, 2))
+    def cut(self, data: st.DataObject, epoch: int) -> None:
+        first = self.writer.replica.statistics()["log"]["first_sequence"]
+        lowest = 0 if first == 1 else first
+        if lowest >= len(self.log):
+            return
+        sequence = data.draw(st.integers(lowest, len(self.log) - 1))
+        digest = self.writer.replica.statistics()["digest"]
+        assert self.writer.replica.cut(sequence)
+        del self.log[sequence:]
+        assert self.writer.replica.statistics()["digest"] == digest
+        self.writer.epoch += epoch
+
+    @precondition(lambda self: self.writer.replica.side_files())
+    @rule()
+    def offer_again(self) -> None:
+        """What the log does not have, in a new place, with its version and write_id."""
+        replica, (file, *_) = self.writer.replica, self.writer.replica.side_files()
+        there = {version for version, _ in self.log}
+        batch = Batch(self.writer.epoch, len(self.log), 1)
+        for blob in file.read(0, 1 << 20)[0]:
+            record = decode(blob)
+            if record.version not in there:
+                batch.add_again(record)
+                there.add(record.version)
+                self.log.append((record.version, record.write_id))
+        digest = replica.statistics()["digest"]
+        if batch.records:
+            self.writer.take(batch)
+        assert replica.statistics()["digest"] == digest
+        file.remove()
+
     @rule()
     def crash(self) -> None:
         digest = self.writer.replica.statistics()["digest"]
@@ -123,10 +157,11 @@ class ReplicaMachine(RuleBasedStateMachine):
         ids = [*range(13), 256]
         items = self.model[Kind.ITEM]
         assert replica.metadata(ids) == [items[id][2] if id in items else b"" for id in ids]
-        for write_id, count in self.written.items():
+        assert replica.position.sequence == replica.logged == len(self.log)
+        for write_id in (bytes([name]) * 16 for name in range(1, 4)):
+            count = sum(one == write_id for _, one in self.log)
             found = replica.written(write_id)
-            assert found is not None
-            assert found[1] == count
+            assert (found[1] if found else 0) == count
 
     @invariant()
     def searches_agree(self) -> None:
@@ -153,4 +188,4 @@ class ReplicaMachine(RuleBasedStateMachine):
 
 
 TestReplica = ReplicaMachine.TestCase
-TestReplica.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestReplica.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,7 +47,7 @@ class FakeClient:
         if self.error:
             raise self.error
 
-    async def events(self, after: int, *, wait_s: float) -> gmco.Events:
+    async def events(self, after: int = 0, *, wait_s: float = 0.0) -> gmco.Events:
         self.afters.append(after)
         if not self.answers:
             assert self.error is not None
@@ -80,7 +82,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     client = FakeClient()
 
     @asynccontextmanager
-    async def connect(urls: Sequence[str], *, timeout_s: float) -> AsyncIterator[FakeClient]:
+    async def connect(urls: Sequence[str], **limits: float) -> AsyncIterator[FakeClient]:
         yield client
 
     monkeypatch.setattr(gmco, "connect", connect)
@@ -119,6 +121,40 @@ def test_errors_are_one_line_and_an_exit_code(
     assert out == ""
     assert err.startswith(said)
     assert err.count("\n") == 1
+
+
+def test_a_node_that_is_silent_is_a_timeout_and_one_that_is_away_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # the system takes the connection, and nobody answers
+        url = f"ws://127.0.0.1:{silent.getsockname()[1]}"
+        assert run("status", "--node", url, "--timeout", "0.2") == 7
+        assert capsys.readouterr().err.startswith("error[deadline_exceeded]: no node can be reached: ws://")
+    begin = time.monotonic()
+    assert run("status", "--node", NOWHERE) == 3
+    assert time.monotonic() - begin < 2
+    assert capsys.readouterr().err == (
+        f"error[unavailable]: no node can be reached: {NOWHERE}: connection refused\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["nonsense"], "gmco"),
+        (["load"], "gmco load"),
+        (["nodes", "--nope"], "gmco nodes"),
+        (["nodes", "forget"], "gmco nodes forget"),
+        (["get", "item", "x"], "gmco get item"),
+    ],
+)
+def test_wrong_usage_points_to_the_help_of_the_command(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], command: str
+) -> None:
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err.endswith(f" (see {command} --help)\n")
 
 
 @pytest.mark.parametrize(
@@ -210,12 +246,14 @@ def test_events_are_lines_and_begin_anew_with_another_node(
         gmco.Events("node-3", 1, (event,), 1, 0),
     ]
     fake.error = gmco.Unavailable("unavailable", "gone")
-    assert run("events", "--follow", "--output", "json") == 3
+    assert run("events", "--follow", "--output", "json", "--timeout", "0.2") == 3
     out, err = capsys.readouterr()
     assert [json.loads(line)["kind"] for line in out.splitlines()] == ["down", "down"]
     assert "2 events are forgotten" in err
     assert "as node-3 (boot 1) saw it" in err
-    assert fake.afters == [0, 0, 7, 0, 1]
+    assert "lost node-3: gone" in err
+    assert err.endswith("error[unavailable]: gone\n")
+    assert fake.afters[:5] == [0, 0, 7, 0, 1]
 
 
 def test_keys_are_read_from_files_and_shown_as_fingerprints(
@@ -251,13 +289,25 @@ def test_load_prints_a_summary(fake: FakeClient, tmp_path: Path, capsys: pytest.
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_load_of_another_dimension_fails_at_row_0(
+def test_load_counts_lines_from_1(
+    fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"media_id": 1, "vector": [1, 2, 3, 4]}\n\n{}\n')
+    assert run("load", str(path), "--skip-bad") == 0
+    assert capsys.readouterr().err == "line 3: no media_id\n"
+    assert run("load", str(path), "--skip-bad", "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out)["bad_rows"] == [{"row": 3, "reason": "no media_id"}]
+
+
+def test_load_of_another_dimension_fails_at_line_1_and_leaves_nothing(
     fake: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"media_id": 1, "vector": [1, 2]}\n')
     assert run("load", str(path)) == 5
-    assert "error[bad_row]: row 0: vector of 2 numbers where the others have 4" in capsys.readouterr().err
+    assert "error[bad_row]: line 1: vector of 2 numbers where the others have 4" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_nodes_come_from_the_environment(
@@ -266,3 +316,21 @@ def test_nodes_come_from_the_environment(
     monkeypatch.setenv("GMCO_NODES", f"{NOWHERE},ws://127.0.0.1:19")
     assert run("status", "--timeout", "0.3") == 3
     assert NOWHERE in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["set", "node-1", "colour=red"], "region=… or zone=… or host=… or capacity=…"),
+        (["set", "zone=a"], "replication=…"),
+        (["set", "node-1", "capacity=big"], "capacity is a whole number"),
+        (["recover"], "--force"),
+    ],
+)
+def test_what_cluster_does_not_take_is_said_before_anybody_is_asked(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["cluster", *arguments])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err

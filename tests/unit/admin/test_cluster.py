@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from admin.cluster import MARK, ClusterError, LocalCluster, choose_ports, config_toml, own_directory
-from admin.demo import percentile
+from admin.demo import main, percentile
 
 
 def test_a_strangers_directory_is_left_alone(tmp_path: Path) -> None:
@@ -108,6 +108,16 @@ def _running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"  # a zombie waits for whoever adopted it
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_demo_that_fails_ends_with_its_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], once: bool
+) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    assert main(once=once, directory=tmp_path) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"demo failed: {tmp_path} exists and is not a demo's; give another --dir"
 
 
 def test_percentile_is_nearest_rank() -> None:

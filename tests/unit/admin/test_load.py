@@ -145,7 +145,7 @@ BAD = {
 def test_a_bad_row_stops_with_its_number_and_reason(tmp_path: Path, number: int) -> None:
     path = write_lines(tmp_path / "a.jsonl", 40, {number: BAD[number][0]})
     client = FakeClient()
-    with pytest.raises(BadRowError, match=f"row {number}: .*{BAD[number][1]}"):
+    with pytest.raises(BadRowError, match=f"line {number + 1}: .*{BAD[number][1]}"):
         run(client, open_source(path, "items"))
     assert len(client.stored) == number // 10 * 10  # whole batches before it
 
@@ -169,7 +169,7 @@ def test_a_row_that_the_cluster_refuses_is_named_by_its_number_in_the_file(tmp_p
         )
 
     source = open_source(write_lines(tmp_path / "a.jsonl", 40), "items")
-    with pytest.raises(BadRowError, match="row 25: out_of_range"):
+    with pytest.raises(BadRowError, match="line 26: out_of_range"):
         run(FakeClient(refuse), source)
     client = FakeClient(refuse)
     progress = run(client, source, skip_bad=True)
@@ -179,9 +179,30 @@ def test_a_row_that_the_cluster_refuses_is_named_by_its_number_in_the_file(tmp_p
 
 def test_wrong_dimension_is_found_at_the_first_row(tmp_path: Path) -> None:
     client = FakeClient()
-    with pytest.raises(BadRowError, match="row 0: vector of 8 numbers where the others have 16"):
+    with pytest.raises(BadRowError, match="line 1: vector of 8 numbers where the others have 16"):
         run(client, open_source(write_lines(tmp_path / "a.jsonl", 40), "items"), dim=16)
     assert client.calls == 0
+
+
+def test_rows_of_a_table_are_counted_from_1(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", 40, classes=[[-1] if i == 12 else [1] for i in range(40)])
+    with pytest.raises(BadRowError, match="row 13: classes"):
+        run(FakeClient(), open_source(path, "items"))
+
+
+def test_a_load_that_wrote_nothing_leaves_no_state_file(tmp_path: Path) -> None:
+    source = open_source(write_parquet(tmp_path / "a.parquet", 40), "items")
+    state = StateFile(tmp_path / "state", source, LoadOptions(batch_rows=10))
+    with pytest.raises(gmco.GmcoError, match="full"):
+        run(FakeClient(lambda n, items: gmco.GmcoError("disk_full", "full")), source, state=state)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.parquet"]
+    # Nor what an earlier one has left, when this one was to start over and could not.
+    state.write(LoadProgress(next_batch=3, written=30, rows_done=30))
+    given = LoadOptions(batch_rows=10)
+    refusing = FakeClient(lambda n, items: gmco.GmcoError("disk_full", "full"))
+    with pytest.raises(gmco.GmcoError, match="full"):
+        trio.run(Loader(refusing, source, given, state, progress=LoadProgress()).run)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.parquet"]
 
 
 def test_pushback_slows_down_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from node import layoutfile
 from node.bootstrap import Adopt, Create, Refuse, Seen, Wait, conflict, decide
 from node.facts import view_of
-from router.layout import Layout, LayoutError, Member, layout_from
+from router.layout import Layout, LayoutError, Member, layout_from, place
 from storage.errors import ForeignDataError, FormatError
 from tests.unit.node.test_facts import FACT
 
@@ -192,18 +192,37 @@ def test_canonical_bytes_are_one_spelling() -> None:
         layout_from(b"\x93\x01")
 
 
+def test_targets_travel_with_it_and_the_earlier_form_is_still_read() -> None:
+    old = layout("a", "b", "c")
+    assert old.wished() == tuple(one.voters for one in place(old.members, 12, 3))
+    targets = tuple(("b", "a") if shard % 2 else ("a", "c") for shard in range(12))
+    new = layout("a", "b", "c", replication=2, targets=targets, base=old.hash, cluster_id="0f" * 16)
+    assert layout_from(new.canonical) == new
+    assert new.placements()[1].voters == ("b", "a")
+    many = layout(*sorted(f"n{i}" for i in range(300)), targets=(("n299", "n0", "n17"),) * 12)
+    assert layout_from(many.canonical) == many
+    for wrong in ((("a", "a"),) * 12, (("a", "z"),) * 12, (("a", "b"),) * 11, (("a",),) * 12):
+        with pytest.raises(LayoutError):
+            layout("a", "b", "c", replication=2, targets=wrong)
+    with pytest.raises(LayoutError):
+        layout_from(new.canonical.replace(b"\x00\x02", b"\x00\x09"))
+
+
 def test_the_file_holds_it_and_a_strange_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "layout"
     assert layoutfile.load(path, cluster="c") is None
     layoutfile.save(path, layout("a", "b"), cluster="c")
     assert layoutfile.load(path, cluster="c") == layout("a", "b")
+    new = layout("a", "b", targets=(("a", "b"),) * 12, base="00" * 8, cluster_id="0f" * 16)
+    layoutfile.save(tmp_path / "new", new, cluster="c")
+    assert layoutfile.load(tmp_path / "new", cluster="c") == new
     with pytest.raises(ForeignDataError):
         layoutfile.load(path, cluster="other")
     good = path.read_text()
     for bad, error in (
         (good.replace('"b"', '"x"'), layoutfile.DamagedLayoutError),
         (good[:40], layoutfile.DamagedLayoutError),
-        (good.replace('"format": 1', '"format": 2'), FormatError),
+        (good.replace('"format": 2', '"format": 3'), FormatError),
     ):
         path.write_text(bad)
         with pytest.raises(error):

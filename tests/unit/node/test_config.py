@@ -135,3 +135,15 @@ def test_example_shows_the_defaults() -> None:
     for section in ("listen", "cluster", "gossip", "storage", "limits", "log"):
         keys = set(tomllib.loads(shown)[section])
         assert keys == {one.name for one in dataclasses.fields(getattr(plain, section))}
+
+
+def test_the_configurations_of_the_readme_are_good_and_give_no_warning() -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    alone, three = (block.split("```")[0] for block in text.split("```toml\n")[1:])
+    assert parse(alone).warnings == ()
+    assert parse(alone).cluster.replication == 1
+    before, after = alone.split("[cluster]\nreplication = 1\n")
+    keyed = three.replace('"…"', f'"{"ab" * 32}"')
+    formed = parse(before + after + keyed)
+    assert formed.warnings == ()
+    assert (formed.cluster.replication, formed.cluster.bootstrap) == (3, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from node.election import (
+    FOUNDING_S,
     Ask,
     Effect,
     Election,
@@ -92,7 +93,7 @@ def test_a_promise_that_is_still_being_written_binds_already() -> None:
 def test_a_log_that_ends_earlier_gets_no_promise() -> None:
     for shorter in (Version(1, 4), Version(0, 99)):
         (answer,) = told(replica().on_message("a", Stand(2, shorter), 10.0))
-        assert answer == Refuse(2, 0, "log")
+        assert answer == Refuse(2, 1, "log"), "and it hears of the epoch that our log is in"
     assert replica().on_message("a", Stand(2, Version(2, 1)), 10.0) == [Persist(2)]
 
 
@@ -180,4 +181,234 @@ def test_a_learner_neither_votes_nor_stands() -> None:
     one = replica("d")
     assert one.on_timer(1_000.0) == []
     (answer,) = told(one.on_message("a", Stand(2, Version(9, 9)), 10.0))
-    assert answer == Refuse(2, 0, "learner")
+    assert answer == Refuse(2, 1, "learner")
+
+
+# -- founding -------------------------------------------------------------------------------------------------------------
+
+
+def founder(name: str, *, now: float = 0.0) -> Election:
+    return Election(
+        ElectionConfig(), name, voters=VOTERS, promised=0, last=lambda: Version(0, 0), random=Random(1), now=now,
+        founding=True, owes=False,
+    )  # fmt: skip
+
+
+def test_the_first_epoch_takes_the_promises_of_all() -> None:
+    one = founder("a")
+    asks = told(one.on_timer(1.0))
+    assert asks == [Ask(1, Version(0, 0))] * 2
+    assert one.majority == 3
+    assert one.on_message("b", Would(1), 1.0) == []
+    assert one.on_message("c", Would(1), 1.0) == [Persist(1)]
+    assert told(one.on_persisted(1, 1.0)) == [Stand(1, Version(0, 0))] * 2
+    assert one.on_message("b", Promise(1), 1.0) == []
+    assert one.on_message("b", Promise(1), 1.0) == [], "said twice counts once"
+    assert one.on_message("c", Promise(1), 1.0) == [Lead(1)]
+
+
+def test_of_founders_only_the_first_stands_early() -> None:
+    first, second, third = (founder(name) for name in VOTERS)
+    assert first.next_deadline < 0.1
+    assert FOUNDING_S <= second.next_deadline < third.next_deadline
+    assert second.on_timer(FOUNDING_S - 0.01) == []
+    assert told(second.on_timer(second.next_deadline)) == [Ask(1, Version(0, 0))] * 2
+
+
+def test_after_the_founding_a_majority_is_enough() -> None:
+    one = founder("a")
+    one.on_timer(1.0)
+    one.on_message("b", Would(1), 1.0)
+    one.on_message("c", Would(1), 1.0)
+    one.on_persisted(1, 1.0)
+    one.on_message("b", Promise(1), 1.0)
+    one.on_message("c", Promise(1), 1.0)
+    one.configure(VOTERS)
+    assert one.majority == 2
+    one.on_echo("b", 2.0)
+    assert one.may_acknowledge(2.0)
+
+
+def test_one_that_owes_nothing_may_promise_at_once_and_one_that_may_owe_something_may_not() -> None:
+    assert founder("b", now=100.0).on_message("a", Stand(1, Version(0, 0)), 100.0) == [Persist(1)]
+    (answer,) = told(replica(now=100.0).on_message("a", Stand(2, END), 100.0))
+    assert isinstance(answer, Refuse)
+    assert answer.wait_s == L
+
+
+# -- voters ---------------------------------------------------------------------------------------------------------------
+
+
+def test_who_is_named_no_more_neither_stands_nor_promises_and_who_is_named_again_does() -> None:
+    one = replica("b")
+    one.configure(("a", "c"))
+    assert one.next_deadline == float("inf")
+    assert one.on_timer(1_000.0) == []
+    assert told(one.on_message("a", Stand(2, END), 10.0)) == [Refuse(2, 1, "learner")]
+    assert one.on_message("a", Succeed(1), 10.0) == []
+    assert one.takes(2), "it follows all the same"
+    one.configure(VOTERS)
+    assert one.on_message("a", Stand(2, END), 10.0) == [Persist(2)]
+
+
+def test_a_primary_counts_the_echoes_of_the_voters_that_are_named_now() -> None:
+    one = elected(now=10.0)
+    one.configure(("a", "c", "d"))
+    assert not one.may_acknowledge(10.0), "b votes no more"
+    one.on_echo("d", 10.0)
+    assert one.may_acknowledge(10.0)
+    one.configure(("a",))
+    assert one.may_acknowledge(1e9)
+    assert one.next_deadline == float("inf")
+
+
+def test_a_promise_of_one_that_does_not_vote_opens_nothing() -> None:
+    one = replica("a")
+    one.on_timer(10.0)
+    assert one.on_message("z", Would(2), 10.0) == []
+    one.on_message("b", Would(2), 10.0)
+    one.on_persisted(2, 10.0)
+    assert one.on_message("z", Promise(2), 10.0) == []
+    assert one.on_message("b", Promise(1), 10.0) == [], "nor one for another epoch"
+    assert one.on_message("b", Would(2), 10.0) == [], "nor that it would"
+    assert one.on_message("b", Promise(2), 10.0) == [Lead(2)]
+
+
+# -- giving up, renewing, forcing -------------------------------------------------------------------------------------------
+
+
+def test_renewing_stands_above_the_own_epoch_with_the_own_lease_given_up() -> None:
+    one = elected(now=10.0)
+    down, *asks = one.renew(10.1)
+    assert isinstance(down, StepDown)
+    assert told(asks) == [Ask(3, END, 2)] * 2
+    assert not one.may_acknowledge(10.1)
+    assert replica("b").renew(10.0) == [], "who does not lead has nothing to renew"
+
+
+def test_who_gives_up_lets_the_others_stand_first_and_may_promise_at_once() -> None:
+    one = elected(now=10.0)
+    (effect,) = one.give_up("its disk is full", 10.1)
+    assert effect == StepDown(2, "its disk is full")
+    assert one.on_timer(10.1 + L - 0.01) == []
+    assert one.on_message("b", Stand(3, END), 10.2) == [Persist(3)]
+    assert replica("b").give_up("nothing", 10.0) == []
+
+
+def test_a_handover_that_is_given_up_leaves_a_primary() -> None:
+    one = elected(now=10.0)
+    one.resign()
+    assert one.resigned
+    assert not one.may_acknowledge(10.0)
+    one.resume()
+    assert not one.resigned
+    assert one.may_acknowledge(10.0)
+    assert one.role is Role.PRIMARY
+    # And whoever has been elected anew is not resigned still.
+    one.resign()
+    one.on_timer(10.0 + 3 * L)
+    assert not one.resigned
+
+
+def test_a_forced_epoch_needs_nobody_but_the_own_disk() -> None:
+    one = replica("c")
+    assert one.force(1_007, 10.0) == [Persist(1_007)]
+    assert one.on_persisted(1_007, 10.1) == [Lead(1_007, changes=True)]
+    assert not one.may_acknowledge(10.1), "its lease still takes a majority"
+    one.on_echo("a", 10.2)
+    assert one.may_acknowledge(10.3)
+
+
+def test_what_leads_is_forced_elsewhere_only_by_stepping_down_first() -> None:
+    one = elected(now=10.0)
+    down, persist = one.force(1_002, 10.1)
+    assert isinstance(down, StepDown)
+    assert persist == Persist(1_002)
+
+
+def test_a_promise_that_could_not_be_written_was_not_given() -> None:
+    one = replica("b")
+    one.on_message("a", Stand(2, END), 10.0)
+    one.on_persist_failed(2, 10.1)
+    assert one.promised == 0
+    assert one.takes(1)
+    assert one.on_persisted(2, 10.2) == [], "whatever comes late, nobody is told"
+    # And a candidate that could not promise itself stands no more, for a while.
+    two = replica("a")
+    two.on_timer(10.0)
+    two.on_message("b", Would(2), 10.0)
+    two.on_persist_failed(2, 10.1)
+    assert two.role is Role.FOLLOWER
+    assert two.on_message("b", Promise(2), 10.1) == []
+    assert two.next_deadline >= 10.1 + L
+    asks = told(two.on_timer(two.next_deadline))
+    assert asks
+    assert isinstance(asks[0], Ask)
+
+
+def test_an_older_promise_that_fails_takes_nothing_from_a_newer_one() -> None:
+    one = replica("b")
+    one.on_message("a", Stand(2, END), 10.0)
+    one.on_message("c", Stand(3, END), 10.0)
+    one.on_persist_failed(2, 10.1)
+    assert one.on_persisted(3, 10.2) == [Tell("c", Promise(3))]
+
+
+def test_a_primary_whose_epoch_is_opened_does_not_hear_what_is_not_above_it() -> None:
+    one = elected(now=10.0)
+    assert one.on_higher_epoch(2, 10.0) == []
+    assert one.on_higher_epoch(1, 10.0) == []
+    assert one.role is Role.PRIMARY
+
+
+def test_an_echo_that_comes_late_takes_nothing_away() -> None:
+    one = elected(now=10.0)
+    one.on_echo("b", 9.0)
+    assert one.may_acknowledge(10.0 + 0.9 * L - 0.01)
+
+
+def test_a_reluctant_voter_stands_only_when_the_others_have_not_for_three_leases() -> None:
+    one, other = replica("b"), replica("c")
+    one.reluctant = True
+    for voter in (one, other):
+        voter.on_stream("a", 2, 10.0)
+    assert other.next_deadline < 10.0 + 1.5 * L
+    assert 10.0 + 3 * L <= one.next_deadline < 10.0 + 3.5 * L
+    assert one.on_timer(10.0 + 2.9 * L) == []
+    assert told(one.on_timer(10.0 + 3.5 * L)) == [Ask(3, END)] * 2
+    # It votes as ever, and leads at once when the primary asks it to.
+    again = replica("b")
+    again.reluctant = True
+    again.on_stream("a", 2, 10.0)
+    assert again.on_message("c", Stand(3, END), 10.0 + L) == [Persist(3)]
+    again = replica("b")
+    again.reluctant = True
+    again.on_stream("a", 2, 10.0)
+    assert told(again.on_message("a", Succeed(2), 10.0)) == [Ask(3, END, 2)] * 2
+
+
+def test_who_votes_alone_is_never_reluctant() -> None:
+    one = Election(
+        ElectionConfig(), "a", voters=["a"], promised=0, last=lambda: END, random=Random(1), now=0.0
+    )
+    one.reluctant = True
+    one.on_stream("a", 2, 10.0)
+    assert one.next_deadline < 10.0 + 1.5 * L
+
+
+def test_a_promise_that_was_given_up_for_an_own_candidacy_is_told_to_nobody() -> None:
+    one = replica()
+    assert one.on_message("a", Stand(2, END), 10.0) == [Persist(2)]  # and the disk is slow
+    (ask, *_) = [effect.message for effect in one.on_timer(20.0) if isinstance(effect, Tell)]
+    assert isinstance(ask, Ask)
+    assert one.on_message("c", Would(ask.epoch), 20.0) == [Persist(ask.epoch)]
+    one.on_stream("c", ask.epoch, 20.1)  # it was faster
+    assert one.on_persisted(ask.epoch, 20.2) == [], (
+        "a's log was compared for another epoch, and we are bound now"
+    )
+
+
+def test_a_primary_to_which_a_later_one_hands_over_steps_down_first() -> None:
+    one = elected()
+    effects = one.on_message("c", Succeed(7), 10.1)
+    assert effects[0] == StepDown(2, "c hands over")

@@ -23,11 +23,13 @@ from node.facts import (
     pack_hot,
     pack_layout,
     pack_node,
+    pack_primaries,
     pack_shards,
     shards_fingerprint,
     unpack_hot,
     unpack_layout,
     unpack_node,
+    unpack_primaries,
     unpack_shards,
     view_of,
 )
@@ -111,6 +113,22 @@ def test_shards_and_lags_fit_their_bytes_and_go_together(pairs: list[tuple[int, 
     assert hot.load.batch_ms == pytest.approx(12.5, rel=0.05)
 
 
+@given(st.dictionaries(st.integers(0, 65_535), st.integers(1, 1 << 40), max_size=300))
+def test_primaries_fit_their_bytes_and_come_back(led: dict[int, int]) -> None:
+    packed = pack_primaries(led)
+    assert len(packed) <= VALUE_BYTES_MAX
+    kept = {shard: min(epoch, 0xFFFFFFFF) for shard, epoch in sorted(led.items())[:166]}
+    assert unpack_primaries(packed) == kept
+
+
+@given(st.binary(max_size=40))
+def test_of_primaries_garbage_is_told(value: bytes) -> None:
+    try:
+        assert all(type(part) is int for pair in unpack_primaries(value).items() for part in pair)
+    except FactError:
+        assert (len(value) - 1) % 6
+
+
 def test_sixty_four_shards_fit() -> None:
     held = [Held(i, i % 3 == 0) for i in range(64)]
     assert len(pack_hot(pack_shards(held), Load(), Health(0), [0.0] * 64)) == 71
@@ -133,5 +151,6 @@ def test_other_schemas_are_skipped_and_views_are_sets() -> None:
     assert unpack_hot(b"\x02" + bytes(20)) is None
     assert unpack_hot(b"") is None
     assert unpack_shards(b"\x02abc") == []
+    assert unpack_primaries(b"\x02abc") == unpack_primaries(b"") == {}
     assert view_of(["b", "a"]) == view_of(["a", "b"]) != view_of(["a"])
     assert len(view_of(["a"])) == 8

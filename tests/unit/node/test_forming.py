@@ -9,7 +9,7 @@ import structlog.testing
 import trio
 
 from node import facts, forming, layoutfile
-from node.forming import LayoutGuard
+from node.forming import Founding, LayoutGuard
 from node.members import Members
 from router.layout import Layout
 from tests.unit.node.gossips import FakeGossip, Hub
@@ -27,9 +27,10 @@ class Founder:
         self.path = folder / name
         self.said: list[str] = []
         self.layout: Layout | None = None
+        self.founding = Founding()
 
     async def run(self) -> None:
-        self.layout = await forming.form(self.members, self.path, "c", self.said.append)
+        self.layout = await forming.form(self.members, self.path, "c", self.founding, self.said.append)
 
     @property
     def told(self) -> Layout | None:

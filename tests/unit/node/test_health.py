@@ -49,7 +49,7 @@ def ticks(watch: HealthWatch, start: float, end: float) -> None:
 
 def test_a_call_that_hangs_is_told_and_so_is_its_return() -> None:
     disk, told = Disk(), Told()
-    watch = HealthWatch([Watched(Health.DISK, "the log of shard 3", disk.statistics)], told)
+    watch = HealthWatch(lambda: [Watched(Health.DISK, "the log of shard 3", disk.statistics)], told)
     ticks(watch, 0, 5)
     disk.begin()
     ticks(watch, 5, 7)
@@ -65,7 +65,7 @@ def test_a_call_that_hangs_is_told_and_so_is_its_return() -> None:
 
 def test_a_busy_disk_that_gets_on_is_well() -> None:
     disk, told = Disk(), Told()
-    watch = HealthWatch([Watched(Health.DISK, "a disk", disk.statistics)], told)
+    watch = HealthWatch(lambda: [Watched(Health.DISK, "a disk", disk.statistics)], told)
     disk.begin()
     for tick in range(200):
         disk.begin()
@@ -76,7 +76,7 @@ def test_a_busy_disk_that_gets_on_is_well() -> None:
 
 def test_a_stall_of_ours_is_not_the_disks_but_several_are_ours() -> None:
     disk, told = Disk(), Told()
-    watch = HealthWatch([Watched(Health.DISK, "a disk", disk.statistics)], told)
+    watch = HealthWatch(lambda: [Watched(Health.DISK, "a disk", disk.statistics)], told)
     disk.begin()
     ticks(watch, 0, 1)
     watch.look(6.0, 5.0)  # the process was stopped for five seconds
@@ -102,7 +102,7 @@ def test_illness_is_gossiped_at_once_and_health_only_when_it_changes() -> None:
         gossip = hub.join(1)
         disk = Disk()
         publisher = Publisher(gossip, {}, {}, IdleLane(), disk.statistics)  # type: ignore[arg-type]
-        watch = HealthWatch([Watched(Health.DISK, "a disk", disk.statistics)], publisher.on_health)
+        watch = HealthWatch(lambda: [Watched(Health.DISK, "a disk", disk.statistics)], publisher.on_health)
         publisher.health = watch
         publisher.tell_shards()
         async with trio.open_nursery() as nursery:
@@ -130,7 +130,7 @@ def test_illness_is_gossiped_at_once_and_health_only_when_it_changes() -> None:
 async def test_a_real_thread_that_is_blocked_is_seen() -> None:
     told, gate = Told(), threading.Event()
     async with DedicatedThread("wal") as thread, trio.open_nursery() as nursery:
-        watch = HealthWatch([Watched(Health.DISK, "the log", thread.statistics)], told)
+        watch = HealthWatch(lambda: [Watched(Health.DISK, "the log", thread.statistics)], told)
         await nursery.start(watch.run)
         nursery.start_soon(thread, gate.wait)
         with trio.fail_after(5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import trio
 
 from gossip.messages import Address, State
 from node import facts
-from node.facts import Health, Held, Load, pack_hot, pack_node, pack_shards
+from node.facts import Health, Held, Load, pack_hot, pack_node, pack_primaries, pack_shards
 from node.members import Members
 from node.routing import GossipCluster
+from node.status import members_status
+from router.layout import Layout, Placement
 from tests.unit.node.gossips import FakeGossip, Hub
 from tests.unit.node.peers import on_trio
 from tests.unit.node.test_bootstrap import fact
@@ -72,6 +75,23 @@ async def test_of_two_with_one_name_the_living_one_then_the_smaller_id_counts() 
     await trio.lowlevel.checkpoint()
 
 
+@on_trio
+async def test_who_has_left_is_told_from_who_was_never_heard() -> None:
+    hub, members, _ = pair()
+    layout = Layout(version=1, shard_count=4, replication=3, members=tuple(fact(n).member() for n in "abc"))
+    parts = SimpleNamespace(members=members, layout=layout, links=FakeLinks())
+
+    def states() -> dict[str, str]:
+        return {row["name"]: row["state"] for row in members_status(parts)}  # type: ignore[arg-type]
+
+    assert states() == {"a": "alive", "b": "alive", "c": "unheard"}
+    members.gossip.forget(2)
+    assert states() == {"a": "alive", "b": "left", "c": "unheard"}
+    hub.put(2, "joined", state=State.ALIVE, boot=2)
+    assert states() == {"a": "alive", "b": "alive", "c": "unheard"}
+    await trio.lowlevel.checkpoint()
+
+
 class FakeLinks:
     def __init__(self) -> None:
         self.up = {"b"}
@@ -84,7 +104,34 @@ class FakeLinks:
 
 
 def routing(members: Members, links: FakeLinks, *flags: Health) -> GossipCluster:
-    return GossipCluster(members, {}, None, links, {}, lambda: flags[0] if flags else Health(0))  # type: ignore[arg-type]
+    health = flags[0] if flags else Health(0)
+    rests = lambda name: name == "resting"  # noqa: E731
+    return GossipCluster(members, {}, None, links, {}, {}, lambda: health, rests)  # type: ignore[arg-type]
+
+
+@on_trio
+async def test_who_leads_is_what_our_replica_hears_then_what_the_living_say_then_the_layout() -> None:
+    hub, members, b = pair()
+    c = join(hub, 3, "c")
+    actor = SimpleNamespace(primary="")
+    placements = {s: Placement(shard=s, epoch=1, voters=("a", "b", "c")) for s in (4, 9)}
+    parts = (members, placements, None, FakeLinks(), {4: actor}, {})
+    cluster = GossipCluster(*parts, lambda: Health(0), lambda _name: False)  # type: ignore[arg-type]
+    assert [cluster.primary(4), cluster.primary(9)] == ["a", "a"]
+    b.set_fact(facts.PRIMARIES, pack_primaries({4: 2, 9: 7}))
+    c.set_fact(facts.PRIMARIES, pack_primaries({9: 6}))
+    assert [cluster.primary(4), cluster.primary(9)] == ["b", "b"], "the greatest epoch counts"
+    c.set_fact(facts.PRIMARIES, pack_primaries({9: 8}))
+    assert members.primary(9) == "c"
+    actor.primary = "c"
+    assert cluster.primary(4) == "c"
+    actor.primary = ""
+    hub.put(3, "down", state=State.DOWN)
+    assert members.primary(9) == "b", "the dead lead nothing"
+    b.set_fact(facts.PRIMARIES, b"\x01\x00")
+    assert members.primary(9) == "", "what cannot be read is skipped"
+    assert cluster.primary(9) == "a"
+    await trio.lowlevel.checkpoint()
 
 
 @on_trio

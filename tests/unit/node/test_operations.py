@@ -86,7 +86,7 @@ class FakeParts:
 @on_trio
 async def test_only_the_dead_are_forgotten() -> None:
     hub, members, _ = pair()
-    operations = Operations(FakeParts(members), History(members), None)  # type: ignore[arg-type]
+    operations = Operations(FakeParts(members), History(members), None, None)  # type: ignore[arg-type]
     for name, code in (("nobody", "unknown_node"), ("b", "refused"), ("a", "refused")):
         with pytest.raises(RequestError) as caught:
             operations.handle(ForgetNode(name))

@@ -5,7 +5,21 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.replication import Diverged, LookUp, Matched, Progress, PullAgain, Refuse, Take, on_pull_reply
+from node.fork import EpochStarts
+from node.replication import (
+    SLACK_MS,
+    WAIT_MS,
+    Diverged,
+    Fork,
+    LookUp,
+    Matched,
+    Progress,
+    PullAgain,
+    Refuse,
+    Take,
+    follower_lag_ms,
+    on_stream,
+)
 from storage.records import EMPTY, Fingerprint, Version
 
 
@@ -14,11 +28,16 @@ def record(sequence: int, history: int = 0) -> Fingerprint:
     return Fingerprint(1, sequence, 1_000 * history + sequence) if sequence else EMPTY
 
 
-def name(progress: Progress, follower: str, named: Fingerprint) -> Matched | Diverged:
-    """A pull, with a look-up in a primary's log of history 0 where one is asked for."""
-    step = progress.pulled(follower, named)
+STARTS = EpochStarts([(1, 1)])
+
+
+def name(progress: Progress, follower: str, named: Fingerprint) -> Matched | Diverged | Fork:
+    """A pull by a voter, with a look-up in a primary's log of history 0 where one is asked for."""
+    step: Matched | LookUp | Fork | Diverged = progress.pulled(follower, named, STARTS)
     if isinstance(step, LookUp):
-        return progress.found(follower, named, record(named.sequence))
+        step = progress.found(follower, named, record(named.sequence))
+    if isinstance(step, Matched):
+        progress.count(follower, named.sequence)
     return step
 
 
@@ -30,7 +49,7 @@ def test_quorum_is_the_middle_and_all_the_least() -> None:
     assert (progress.reached("quorum"), progress.reached("all")) == (7, 0)
     name(progress, "c", record(3))
     assert (progress.reached("quorum"), progress.reached("all")) == (7, 3)
-    assert [progress.count(n) for n in (3, 7, 8, 11)] == [3, 2, 1, 0]
+    assert [progress.holders(n) for n in (3, 7, 8, 11)] == [3, 2, 1, 0]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 50))), st.integers(1, 5))
@@ -42,9 +61,9 @@ def test_reached_is_what_that_many_disks_hold(pulls: list[tuple[str, int]], coun
         if voter != "a":
             name(progress, voter, record(sequence))
     quorum = progress.reached("quorum")
-    assert progress.count(quorum) * 2 > count
-    assert progress.count(quorum + 1) * 2 <= count
-    assert progress.count(progress.reached("all")) == count
+    assert progress.holders(quorum) * 2 > count
+    assert progress.holders(quorum + 1) * 2 <= count
+    assert progress.holders(progress.reached("all")) == count
     assert progress.reached("all") <= quorum
 
 
@@ -60,23 +79,29 @@ def test_a_stranger_and_an_old_pull_change_nothing() -> None:
 def test_a_position_counts_only_when_its_record_is_ours() -> None:
     progress = Progress("a", ("a", "b", "c"))
     progress.durable(10, 0.0)
-    assert progress.pulled("b", record(7)) == LookUp()
-    assert progress.count(7) == 1, "nothing counts before the look-up"
+    assert progress.pulled("b", record(7), STARTS) == LookUp()
+    assert progress.holders(7) == 1, "nothing counts before the look-up"
     for other in (record(7, history=1), record(7)._replace(epoch=2)):
         assert isinstance(progress.found("b", other, record(7)), Diverged)
-        assert progress.count(7) == 1
+        assert progress.holders(7) == 1
     assert progress.found("b", record(7), record(7)) == Matched()
-    assert progress.count(7) == 2
+    assert progress.holders(7) == 1, (
+        "whether it is counted is for whoever knows which replica asks, in which epoch"
+    )
+    progress.count("b", 7)
+    assert progress.holders(7) == 2
 
 
 def test_an_idle_follower_and_an_empty_one_need_no_look_up() -> None:
     progress = Progress("a", ("a", "b"))
     progress.durable(10, 0.0)
-    assert progress.pulled("b", EMPTY) == Matched()
-    assert progress.pulled("b", record(7)) == LookUp()
+    assert progress.pulled("b", EMPTY, STARTS) == Matched()
+    assert progress.pulled("b", record(7), STARTS) == LookUp()
     progress.found("b", record(7), record(7))
-    assert progress.pulled("b", record(7)) == Matched()
-    assert progress.pulled("b", record(7, history=1)) == LookUp(), "the same place is not the same record"
+    assert progress.pulled("b", record(7), STARTS) == Matched()
+    assert progress.pulled("b", record(7, history=1), STARTS) == LookUp(), (
+        "the same place is not the same record"
+    )
 
 
 def test_a_follower_that_parts_takes_back_what_it_named_before() -> None:
@@ -86,7 +111,27 @@ def test_a_follower_that_parts_takes_back_what_it_named_before() -> None:
     assert progress.reached("all") == 9
     assert isinstance(name(progress, "b", record(4, history=1)), Diverged)
     assert progress.reached("all") == 0
-    assert isinstance(name(progress, "b", record(11)), Diverged), "we have lost what it holds"
+    assert name(progress, "b", record(11)) == Fork(Version(1, 10)), (
+        "a record of ours that we do not have: cut it"
+    )
+    assert progress.reached("all") == 0
+
+
+def test_a_log_that_has_left_ours_is_told_where() -> None:
+    """Ours has epoch 1 up to 5 and epoch 3 from 6 to 10."""
+    starts = EpochStarts([(1, 1), (3, 6)])
+    progress = Progress("a", ("a", "b"))
+    progress.durable(10, 0.0)
+    for named, at in (
+        (Fingerprint(1, 8, 0), Version(1, 5)),
+        (Fingerprint(2, 9, 0), Version(1, 5)),
+        (Fingerprint(2, 4, 0), Version(1, 4)),
+        (Fingerprint(3, 12, 0), Version(3, 10)),
+    ):
+        assert progress.pulled("b", named, starts) == Fork(at)
+    for named in (Fingerprint(1, 5, 0), Fingerprint(3, 6, 0)):
+        assert progress.pulled("b", named, starts) == LookUp()
+    assert progress.holders(1) == 1
 
 
 @given(st.lists(st.tuples(st.sampled_from("bcd"), st.integers(0, 12), st.integers(0, 2)), max_size=40))
@@ -97,8 +142,11 @@ def test_log_matching(pulls: list[tuple[str, int, int]]) -> None:
     for follower, sequence, history in pulls:
         ours = sequence <= 10 and record(sequence, history) == record(sequence)
         step = name(progress, follower, record(sequence, history))
-        assert isinstance(step, Matched if ours else Diverged)
-        best[follower] = max(best[follower], sequence) if ours else 0
+        assert isinstance(step, Matched if ours else Diverged if sequence <= 10 else Fork)
+        if ours:
+            best[follower] = max(best[follower], sequence)
+        elif sequence <= 10:
+            best[follower] = 0
         assert progress.positions == {"a": 10} | {
             one: at for one, at in best.items() if one in progress.positions
         }
@@ -118,13 +166,24 @@ def test_a_follower_takes_only_what_follows_its_log() -> None:
     last = Version(1, 5)
 
     def step(**change: int | None) -> object:
-        reply: dict[str, int | None] = {"reply_epoch": 1, "primary_last": 9, "first": 6, "count": 3, **change}
-        return on_pull_reply(epoch=1, last=last, **reply)  # type: ignore[arg-type]
+        reply: dict[str, int | None] = {"primary_last": 9, "first": 6, "count": 3, **change}
+        return on_stream(last=last, **reply)  # type: ignore[arg-type]
 
     assert isinstance(step(), Take)
     assert isinstance(step(first=None, count=0, primary_last=5), PullAgain)
     assert isinstance(step(first=7), Refuse)
     assert isinstance(step(first=5), Refuse)
-    assert isinstance(step(reply_epoch=0), Refuse)
     assert isinstance(step(count=5), Refuse)
-    assert isinstance(step(primary_last=4, first=None, count=0), Diverged)
+    assert isinstance(step(primary_last=4, first=None, count=0), Refuse)
+
+
+def test_a_long_poll_is_no_lag_and_everything_else_is() -> None:
+    def lag(silent_ms: int, *, following: bool = True, behind: int = 0, old_ms: int = 0) -> int:
+        return follower_lag_ms(following=following, behind=behind, old_ms=old_ms, silent_ms=silent_ms)
+
+    bound = WAIT_MS + SLACK_MS
+    assert [lag(0), lag(WAIT_MS), lag(bound)] == [0, 0, 0]
+    assert lag(bound + 1) == bound + 1, "silent for longer than a poll lasts"
+    assert lag(300, following=False) == 300, "the stream is cut"
+    assert lag(300, behind=2, old_ms=70) == 370
+    assert bound < 2_000, "routing must hear of it before it looks away"

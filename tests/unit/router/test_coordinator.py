@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from router.ports import (
 )
 from router.requests import Session
 from router.ring import shard_of
+from router.writing import NO_PRIMARY_S
 from storage.records import Kind
 from storage.view import ClassConstraint
 
@@ -43,6 +44,7 @@ class FakeNode:
         self.age_ms = 0
         self.damaged: set[int] = set()
         self.asked: list[tuple[int, ...]] = []
+        self.refuse: NodeError | None = None
         self.written: list[WriteAsk] = []
         self.break_writes = 0
 
@@ -54,8 +56,14 @@ class FakeNode:
         if scope.cancelled_caught:
             raise NodeError("deadline_exceeded", "late")
 
-    async def search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
         self.asked.append(ask.shards)
+        if self.refuse is not None:
+            raise self.refuse
+        return self._search(ask, timeout_s)
+
+    async def _search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+        self.world.awaited.append([name for name, node in self.world.nodes.items() if node.asked])
         await self._gate(timeout_s)
         good = [s for s in ask.shards if s not in self.damaged]
         ids, scores = self.world.top(good, ask.query, ask.k)
@@ -92,6 +100,9 @@ class FakeNode:
 
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         await self._gate(timeout_s)
+        if any(self.world.primary(ask.shard) != self.name for ask in asks):
+            refusal = ("no_primary", f"not written through {self.name}", None)
+            return [WriteReply(ask.shard, 0, 0, refusal) for ask in asks]
         self.written.extend(asks)
         if self.break_writes:
             self.break_writes -= 1
@@ -112,6 +123,8 @@ class World:
         self.seen_down: set[str] = set()
         self.unwell: set[str] = set()
         self.lags: dict[str, int] = {}
+        # Whom a fan-out had asked when it began to wait for each answer.
+        self.awaited: list[list[str]] = []
 
     def top(self, shards: Sequence[int], query: npt.NDArray[np.float16], k: int) -> tuple[Any, Any]:
         mine = [i for i in self.vectors if shard_of(i, SHARDS) in shards]
@@ -128,6 +141,9 @@ class World:
         return Placement(
             shard=shard, epoch=1, voters=tuple(NAMES[(shard + i) % 3] for i in range(self.replication))
         )
+
+    def primary(self, shard: int) -> str:
+        return self.placement(shard).primary
 
     def alive(self, name: str) -> bool:
         return name not in self.seen_down
@@ -191,6 +207,38 @@ def test_a_node_that_breaks_loses_its_shards_to_their_other_replicas() -> None:
     # Shard 0 lives on a (damaged) and b (down); the others have a second replica that works.
     assert reply["coverage"] == {"answered": 5, "total": 6, "missing": [0], "reason": "unavailable"}
     assert all(shard_of(i, SHARDS) != 0 for i in reply["hits"].ids.tolist())
+
+
+def test_all_nodes_are_asked_before_any_is_waited_for() -> None:
+    world = World(1)
+    _run(world, _search(world))
+    assert world.awaited == [["a", "b", "c"]] * 3
+
+
+def test_a_node_that_refuses_at_once_loses_its_shards_to_their_other_replicas() -> None:
+    world = World(2)
+    world.nodes["a"].refuse = NodeError("overloaded", "not now")
+    reply = _run(world, _search(world))
+    assert reply["coverage"]["missing"] == []
+    assert reply["hits"].ids.tolist() == _expected(world, 10)
+    world = World(1)
+    world.nodes["a"].refuse = NodeError("overloaded", "not now")
+    assert _run(world, _search(world))["coverage"]["reason"] == "overloaded"
+
+
+def test_what_changes_is_seen_by_the_next_fan_out_but_one_of_the_same_moment() -> None:
+    world = World(2)
+    coordinator = Coordinator(world, RouterConfig(), metric="dot")
+
+    async def main() -> None:
+        await coordinator.handle(_search(world))
+        world.seen_down = {"b"}
+        await trio.sleep(0.002)
+        before = len(world.nodes["b"].asked)
+        assert (await coordinator.handle(_search(world)))["coverage"]["missing"] == []
+        assert len(world.nodes["b"].asked) == before
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_a_late_node_is_given_up_and_the_answer_stays_whole() -> None:
@@ -285,13 +333,23 @@ def test_a_broken_link_is_retried_under_the_same_write_id_then_unknown() -> None
     assert caught.value.code == "outcome_unknown"
 
 
-def test_a_primary_that_is_down_is_said_at_once() -> None:
+def test_a_primary_that_is_down_is_waited_for_as_long_as_an_election_takes() -> None:
     world = World(2)
     for node in world.nodes.values():
         node.down = True
-    with pytest.raises(RequestError) as caught:
-        _run(world, _put([1]))
-    assert caught.value.code == "no_primary"
+
+    async def main() -> float:
+        began = trio.current_time()
+        with pytest.raises(RequestError) as caught:
+            await Coordinator(world, RouterConfig(), metric="dot").handle(_put([1]))
+        assert caught.value.code == "no_primary"
+        return trio.current_time() - began
+
+    took_s = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert NO_PRIMARY_S <= took_s < NO_PRIMARY_S + 0.5
+    assert took_s < RouterConfig().write_deadline_ms / 1000 / 1.5, (
+        "without a doubt there is no more to wait for"
+    )
 
 
 def test_a_lagging_replica_is_asked_only_when_no_other_is_left_and_the_answer_says_so() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from router.errors import CODES, RequestError
 from router.requests import OPS, Batch, Delete, Get, Limits, Put, Recommend, Search, Similar, parse
+from router.sentences import translate
 from storage.records import Kind
 from storage.view import ClassConstraint
 
@@ -147,6 +148,49 @@ def test_refusals_name_code_and_field(op: str, fields: dict[str, Any], code: str
     assert refused(op, fields) == (code, field)
 
 
+RECOMMEND = {"user_id": 1}
+
+
+@pytest.mark.parametrize(("op", "fields", "said"), [
+    ("recommend", {"user_id": True}, "user_id must be an id (a whole number or its decimal digits), not a boolean"),
+    ("recommend", {**RECOMMEND, "k": "5"}, "k must be a whole number, not a string"),
+    ("recommend", {**RECOMMEND, "k": 1.0}, "k must be a whole number, not a floating-point number"),
+    ("recommend", {**RECOMMEND, "k": msgpack.Timestamp(1)}, "k must be a whole number, not a value of another kind"),
+    ("recommend", {**RECOMMEND, "metadata": 1}, "metadata must be true or false, not a whole number"),
+    ("recommend", {**RECOMMEND, "timeout_ms": b"x"}, "timeout_ms must be a number or null, not bytes"),
+    ("recommend", {**RECOMMEND, "timeout_ms": 0}, "timeout_ms must be at least 1"),
+    ("recommend", {**RECOMMEND, "session": [[1, 2]]}, "session[0] must have 3 entries, not 2"),
+    ("recommend", {**RECOMMEND, "session": [[1, 2, 3]] * 1_025}, "session must have at most 1024 entries"),
+    ("recommend", {**RECOMMEND, "exclude": {}}, "exclude must be a list, not a map"),
+    ("similar", {"media_id": []},
+     "media_id must be an id (a whole number or its decimal digits) or null, not a list"),
+    ("get", {"kind": "film", "ids": []}, 'kind must be "item" or "user", not \'film\''),
+    ("put_items", {"items": [ITEM], "ack": 5}, 'ack must be "primary", "quorum" or "all", not a whole number'),
+    ("search", {"vector": ONES, "dtype": "f8"}, 'dtype must be "f2" or "f4", not \'f8\''),
+    ("put_items", {"items": [5]}, "items[0] must be a map, not a whole number"),
+    ("put_items", {"items": [{**ITEM, "metadata": {1: 2}}]},
+     "a key of items[0].metadata must be a string, not a whole number"),
+    ("forget_node", {"node": ""}, "node must have at least 1 character"),
+])  # fmt: skip
+def test_refusals_say_the_field_what_is_expected_and_what_came(
+    op: str, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(op, fields, LIMITS)
+    assert caught.value.message == said
+
+
+@pytest.mark.parametrize(
+    "sentence", ["Expected `int`, got `novelty` - at `$.k`", "Something new - at `$.k`", "Novel"]
+)
+def test_no_sentence_of_the_library_is_sent_on(sentence: str) -> None:
+    error = translate(sentence, {})
+    assert error.code == "bad_type"
+    assert error.field in ("k", None)
+    for word in ("`", "novelty", "Something", "Novel"):
+        assert word not in error.message
+
+
 def test_dot_refuses_what_fp16_cannot_hold() -> None:
     assert refused("search", {"vector": [70_000.0] * DIM}, Limits(dim=DIM, metric="dot")) == (
         "bad_vector",
@@ -226,3 +270,29 @@ def test_metadata_keeps_to_what_every_reader_can_take() -> None:
     ):
         for metadata in ({"a": bad}, {"a": [{"b": [bad]}]}):
             assert refused("put_items", put(metadata)) == ("bad_request", "items[0].metadata")
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"action": "dance"}, "out_of_range"),
+        ({"action": "join"}, "missing_field"),
+        ({"action": "commit", "hash": "short"}, "bad_type"),
+        ({"action": "show", "node": "a"}, "bad_request"),
+        ({"action": "set", "node": "a"}, "bad_request"),
+        ({"action": "set", "node": "a", "replication": 2}, "bad_request"),
+        ({"action": "set", "replication": 2, "zone": "z"}, "bad_request"),
+        ({"action": "join", "node": "a", "capacity": 0}, "out_of_range"),
+        ({"action": "recover", "force": False}, "missing_field"),
+    ],
+)
+def test_what_operators_ask_of_the_layout_is_checked(fields: dict[str, Any], code: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse("cluster", fields, LIMITS)
+    assert caught.value.code == code
+
+
+def test_what_operators_may_ask_of_the_layout() -> None:
+    assert parse("cluster", {"action": "set", "node": "a", "capacity": 2}, LIMITS).values == {"capacity": 2}  # type: ignore[union-attr]
+    assert parse("cluster", {"action": "set", "replication": 2}, LIMITS).values == {"replication": 2}  # type: ignore[union-attr]
+    assert parse("cluster", {"action": "recover", "force": True}, LIMITS).force  # type: ignore[union-attr]

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from storage.batch import Batch
 from storage.config import StorageConfig
-from storage.records import Kind, Operation, Record, decode, encode
+from storage.records import Kind, Mark, Operation, Record, decode, encode
 from storage.replica import Replica
 from storage.view import ClassConstraint
 
@@ -73,6 +74,16 @@ class Writer:
         self.replica.apply(records)
         self.last = records
         return records
+
+    def mark(self, mark: Mark, metadata: bytes = b"") -> Record:
+        batch = Batch(self.epoch, self.replica.position.sequence, 1)
+        batch.add_mark(mark, metadata)
+        self.take(batch)
+        return batch.records[0]
+
+    def take(self, batch: Batch) -> None:
+        self.replica.append(batch.blobs, sum(record.operation is Operation.PUT for record in batch.records))
+        self.replica.apply(batch.records)
 
     def put(self, *ids: int, seed: int = 0, kind: Kind = Kind.ITEM) -> None:
         self.write(*((kind, id, vector(id + seed), (id % 64,), b"m%d" % (id + seed)) for id in ids))

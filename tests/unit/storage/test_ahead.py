@@ -12,6 +12,7 @@ from storage import segment as fmt
 from storage.disk import Log
 from storage.errors import ReplicaStoppedError
 from tests.unit.storage.test_disk import Failing, fill, opened
+from tests.unit.storage.wal_files import replayed
 
 SEGMENT_BYTES = 4096
 
@@ -48,7 +49,7 @@ def test_a_roll_takes_what_was_made_ahead_and_allocates_nothing(tmp_path: Path) 
     last = log.last.sequence
     log.close()
     log = opened(tmp_path, segment_bytes=SEGMENT_BYTES, floor=last)
-    assert [r.sequence for r in log.replay(0)] == list(range(1, last + 1))
+    assert [r.sequence for r in replayed(log, 0)] == list(range(1, last + 1))
     log.close()
 
 
@@ -60,7 +61,7 @@ def test_a_batch_too_large_for_it_leaves_it_for_the_next_roll(tmp_path: Path) ->
     assert len(spares(tmp_path)) == 1
     fill_segment(log)
     assert not spares(tmp_path)
-    assert [r.sequence for r in log.replay(0)] == list(range(1, log.last.sequence + 1))
+    assert [r.sequence for r in replayed(log, 0)] == list(range(1, log.last.sequence + 1))
     log.close()
 
 
@@ -125,7 +126,7 @@ def test_made_beside_appends(tmp_path: Path) -> None:
     assert log.statistics()["segments"] > 10
     log.close()
     log = opened(tmp_path, segment_bytes=SEGMENT_BYTES, floor=300)
-    assert [r.sequence for r in log.replay(0)] == list(range(1, 301))
+    assert [r.sequence for r in replayed(log, 0)] == list(range(1, 301))
     assert all(path.stat().st_size == SEGMENT_BYTES for path in tmp_path.glob("*.wal"))
     assert fmt.parse_header(min(tmp_path.glob("*.wal")).read_bytes()).first_sequence == 1
     log.close()

@@ -83,3 +83,53 @@ def test_chunks_at_rest_agree_with_memory_whatever_happens() -> None:
                     raise AssertionError((write_id, found, last))
                 else:
                     assert found[1] >= count
+
+
+def test_a_cut_takes_back_what_the_tail_added_also_at_rest() -> None:
+    """Random records, cuts, checkpoints and restarts: counts are those of the records that are left."""
+    rng = random.Random(5)
+    for _ in range(60):
+        ids, table, log = WriteIds(keep_s=1000, count_max=1000), dict[bytes, bytes](), list[Record]()
+        for now in range(30):
+            name = rng.randrange(1, 12)
+            batch = [record(len(log) + 1 + place, name, now) for place in range(rng.randrange(1, 5))]
+            ids.apply(batch)
+            log += batch
+            if rng.random() < 0.4:
+                at = rng.randrange(len(log) + 1)
+                ids.cut(log[at:])
+                if rng.random() < 0.2:
+                    ids.apply(log[at:])  # the cut was refused
+                else:
+                    del log[at:]
+            if rng.random() < 0.5:
+                changes = ids.freeze()
+                kept = rng.random() < 0.8
+                ids.thaw(kept=kept)
+                for key, value in changes.items() if kept else ():
+                    if value is None:
+                        table.pop(key, None)
+                    else:
+                        table[key] = value
+                if kept and rng.random() < 0.5:
+                    ids = WriteIds(keep_s=1000, count_max=1000)
+                    ids.load(sorted(table.items()))
+            for name in range(1, 12):
+                write_id = name.to_bytes(16, "big")
+                runs = [one.sequence for one in log if one.write_id == write_id]
+                found = ids.get(write_id)
+                assert (found[1] if found else 0) == len(runs)
+        ids.apply([record(len(log) + 1, 99, 5000)])
+        assert len(ids) == 1
+
+
+def test_what_is_left_of_a_run_ends_before_its_cut() -> None:
+    ids, name = WriteIds(keep_s=10, count_max=100), (7).to_bytes(16, "big")
+    run = [record(sequence, 7, 1) for sequence in range(1, 6)]
+    ids.apply(run)
+    ids.cut(run[3:])
+    assert ids.get(name) == (Version(1, 3), 3)
+    ids.apply([one._replace(epoch=2, sequence=9 + place) for place, one in enumerate(run[3:])])
+    assert ids.get(name) == (Version(1, 5), 5)  # offered again
+    ids.cut(run)
+    assert ids.get(name) is None

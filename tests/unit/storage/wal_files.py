@@ -6,7 +6,9 @@ import random
 from collections.abc import Iterator, Sequence
 
 from storage import segment as fmt
-from storage.records import Kind, Operation, encode
+from storage import wal
+from storage.disk import Log
+from storage.records import Kind, Operation, Record, encode
 
 
 def record(
@@ -25,6 +27,12 @@ def record(
         classes=(3, 9),
         metadata=random_bytes(5),
     )
+
+
+def replayed(log: Log, after: int) -> list[Record]:
+    """Decoded, verified records after sequence `after`, as replay would meet them."""
+    found = [one for _, data, offset, end in log.spans(after) for one in wal.replay(data, offset, end)]
+    return [one for one in found if one.sequence > after]
 
 
 def batches(sizes: Sequence[Sequence[int]], first: int = 1) -> Iterator[list[bytes]]:

@@ -1,0 +1,361 @@
+"""A snapshot of a shard fetched from its primary, and put in the place of a live replica. The other end is node/snapshots.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import structlog
+import trio
+
+from node.blocking import Runner, ThreadRunner
+from node.fork import EpochStarts, shared_end
+from node.peerlink import (
+    PeerError,
+    PeerGoneError,
+    PeerLink,
+    PeerOverloadedError,
+    PeerTimeoutError,
+    RemoteError,
+)
+from node.shard import ShardActor
+from storage.crash_points import reached
+from storage.errors import DamagedError, StorageError
+from storage.installing import Installing
+from storage.records import Version
+from storage.replica import Replica
+from storage.snapshot import become_replica, checksum
+from storage.table import TableState
+from storage.vectors import disk_error
+
+log = structlog.get_logger(__name__)
+
+CHUNK_BYTES = 1 << 20
+# On a short way one would do as well; but other messages to this node wait behind what is under way.
+IN_FLIGHT = 2
+# The primary makes a checkpoint and reads everything once before it answers.
+OPEN_S = 300.0
+READ_S = 15.0
+CLOSE_S = 1.0
+# A link that is down is waited for as long as the primary keeps an idle snapshot.
+AWAY_S = 60.0
+AGAIN_S = 0.1
+
+
+class SnapshotError(Exception):
+    """A snapshot that was begun cannot be used; another can be asked for."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        self.code = code
+        super().__init__(reason)
+
+
+class File(NamedTuple):
+    name: str
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a primary has opened for us. epoch: the one that it leads."""
+
+    id: str
+    epoch: int
+    position: Version
+    files: tuple[File, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+@dataclass(slots=True)
+class Transfer:
+    """How far a fetch is, for whoever looks."""
+
+    total_bytes: int = 0
+    done_bytes: int = 0
+    began: float = 0.0
+    ended: float = 0.0
+
+    def begin(self, total_bytes: int) -> None:
+        self.total_bytes, self.done_bytes = total_bytes, 0
+        self.began, self.ended = trio.current_time(), 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        seconds = (self.ended or trio.current_time()) - self.began
+        return self.done_bytes / seconds if self.began and seconds > 0 else 0.0
+
+    def figures(self) -> dict[str, int] | None:
+        """None before the first."""
+        if not self.total_bytes:
+            return None
+        return {
+            "bytes": self.done_bytes,
+            "total_bytes": self.total_bytes,
+            "bytes_per_s": round(self.bytes_per_s),
+        }
+
+    def __str__(self) -> str:
+        if not self.total_bytes:
+            return "asking for a snapshot"
+        if self.done_bytes >= self.total_bytes:
+            return "installing snapshot"
+        done = 100 * self.done_bytes // self.total_bytes
+        size, rate = self.total_bytes / 1e6, self.bytes_per_s / 1e6
+        return f"fetching snapshot {done}% of {size:.1f} MB, {rate:.1f} MB/s"
+
+
+class Throttle:
+    """Bytes per second for all who share it; 0: no bound."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+
+    async def take(self, size: int) -> None:
+        """Returns when `size` more bytes may go."""
+        if not self._bytes_per_s:
+            return
+        at = max(self._free_at, trio.current_time())
+        self._free_at = at + size / self._bytes_per_s
+        await trio.sleep_until(at)
+
+
+def read_snapshot(body: Any) -> Snapshot:
+    """The answer to `snapshot_open`. Raises TypeError, ValueError."""
+    id_, epoch, (at, sequence), files = body
+    found = tuple(File(str(name), int(size), str(check)) for name, size, check in files)
+    for file in found:
+        path = PurePosixPath(file.name)
+        if path.is_absolute() or not path.parts or ".." in path.parts or file.bytes < 0:
+            raise ValueError(f"a file {file.name!r} of {file.bytes} bytes")
+    if len({file.name for file in found}) < len(found):
+        raise ValueError("one file twice")
+    return Snapshot(str(id_), int(epoch), Version(int(at), int(sequence)), found)
+
+
+@asynccontextmanager
+async def opened(link: PeerLink, shard: int, wanted: Version) -> AsyncIterator[Snapshot]:
+    """A snapshot that holds everything to `wanted`, kept by the primary until the end of the block, as its log is from there.
+
+    Raises PeerError, RemoteError.
+    """
+    answer = await link.call("snapshot_open", [shard, wanted], OPEN_S)
+    try:
+        snapshot = read_snapshot(answer)
+    except (TypeError, ValueError) as error:
+        raise RemoteError("bad_answer", f"{link.name} sent what is no snapshot: {error}") from error
+    try:
+        yield snapshot
+    finally:
+        with trio.move_on_after(CLOSE_S, shield=True), suppress(PeerError):
+            await link.call("snapshot_close", [snapshot.id], CLOSE_S)
+
+
+async def fetch(
+    snapshot: Snapshot,
+    link: PeerLink,
+    directory: Path,
+    *,
+    throttle: Throttle,
+    transfer: Transfer,
+    runner: Runner,
+    wanted: Callable[[], bool],
+) -> None:
+    """Its files in `directory`, which is made, verified and on the disk. A broken link goes on where it was.
+
+    wanted: whether to go on, asked before each chunk. Raises PeerError, SnapshotError, DiskFullError, ReplicaStoppedError.
+    """
+    transfer.begin(snapshot.bytes)
+    with ExitStack() as stack:
+        fds = await runner(_make_files, directory, snapshot.files, stack)
+        chunks = _chunks(snapshot.files)
+        failed: list[Exception] = []
+        async with trio.open_nursery() as nursery:
+
+            async def work() -> None:
+                try:
+                    for file, offset, size in chunks:
+                        await throttle.take(size)
+                        data = await _read(link, snapshot.id, file.name, offset, size, wanted)
+                        await runner(_write, fds[file.name], data, offset, directory)
+                        transfer.done_bytes += size
+                except (PeerError, SnapshotError, StorageError) as error:
+                    failed.append(error)
+                    nursery.cancel_scope.cancel()
+
+            for _ in range(IN_FLIGHT):
+                nursery.start_soon(work)
+        if failed:
+            raise failed[0]
+        transfer.ended = trio.current_time()
+        await runner(_verify, directory, snapshot.files, fds)
+
+
+def _chunks(files: tuple[File, ...]) -> Iterator[tuple[File, int, int]]:
+    for file in files:
+        for offset in range(0, file.bytes, CHUNK_BYTES):
+            yield file, offset, min(CHUNK_BYTES, file.bytes - offset)
+
+
+async def _read(
+    link: PeerLink, id_: str, name: str, offset: int, size: int, wanted: Callable[[], bool]
+) -> bytes:
+    until = trio.current_time() + AWAY_S
+    while True:
+        if not wanted():
+            raise SnapshotError("overtaken", "its epoch is not followed any more")
+        try:
+            data = await link.call("snapshot_read", [id_, name, offset, size], READ_S)
+        except (PeerGoneError, PeerTimeoutError, PeerOverloadedError):
+            if trio.current_time() >= until:
+                raise
+        else:
+            if type(data) is not bytes or len(data) != size:
+                raise SnapshotError(
+                    "bad_answer", f"{link.name} sent another part of {name} than was asked for"
+                )
+            return data
+        await trio.sleep(AGAIN_S)
+
+
+def _make_files(directory: Path, files: tuple[File, ...], stack: ExitStack) -> dict[str, int]:
+    fds: dict[str, int] = {}
+    try:
+        for file in files:
+            path = directory / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fds[file.name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+            stack.callback(os.close, fds[file.name])
+            if file.bytes:
+                os.posix_fallocate(fds[file.name], 0, file.bytes)
+    except OSError as error:
+        raise disk_error(error, directory) from error
+    return fds
+
+
+def _write(fd: int, data: bytes, offset: int, directory: Path) -> None:
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+    except OSError as error:
+        raise disk_error(error, directory) from error
+
+
+def _verify(directory: Path, files: tuple[File, ...], fds: dict[str, int]) -> None:
+    try:
+        for file in files:
+            os.fdatasync(fds[file.name])
+            if checksum(directory / file.name, file.bytes) != file.xxh3:
+                raise SnapshotError("snapshot_damaged", f"{file.name} is not what was sent")
+    except OSError as error:
+        raise disk_error(error, directory) from error
+
+
+async def _nothing() -> None:
+    await trio.lowlevel.checkpoint()
+
+
+class Fetcher:
+    """What the fetches of one node share."""
+
+    def __init__(self, *, bytes_per_s: float = 0, settle: Callable[[], Awaitable[None]] = _nothing) -> None:
+        """settle: returns when no search uses a replica that was in its actor's hands at the call."""
+        self._throttle = Throttle(bytes_per_s)
+        # By shard: of moves that were given a rate of their own.
+        self._own: dict[int, Throttle] = {}
+        self._settle = settle
+        self._runner: Runner = ThreadRunner("fetch", limit=4)
+        self.counters = {"fetches": 0, "fetched_bytes": 0, "installed": 0}
+
+    def pace(self, shard: int, bytes_per_s: float | None) -> None:
+        """That shard's snapshots are fetched at this rate of their own, 0: unthrottled; None: as the others, which share one.
+        Kept until the replica votes or is removed, or this process ends."""
+        if bytes_per_s is None:
+            self._own.pop(shard, None)
+        else:
+            self._own[shard] = Throttle(bytes_per_s)
+
+    async def catch_up(
+        self, actor: ShardActor, snapshot: Snapshot, link: PeerLink, transfer: Transfer
+    ) -> None:
+        """The actor's replica is replaced by one from the snapshot, under the same replica id.
+
+        Raises PeerError, SnapshotError, StorageError; then the old one is as it was, but for a side file perhaps.
+        """
+        old = actor.replica
+        installing = Installing(old.directory)
+        self.counters["fetches"] += 1
+        try:
+            await self._put_in_place(actor, snapshot, link, transfer, installing)
+        except Exception:
+            await self._runner(partial(shutil.rmtree, installing.fetch, ignore_errors=True))
+            raise
+        self.counters["installed"] += 1
+        reached("move.after_snapshot")
+        with trio.CancelScope(shield=True):  # what is left open could not be opened again
+            await self._settle()
+            await self._runner(old.retire)
+            await self._runner(installing.clear)
+
+    async def _put_in_place(
+        self,
+        actor: ShardActor,
+        snapshot: Snapshot,
+        link: PeerLink,
+        transfer: Transfer,
+        installing: Installing,
+    ) -> None:
+        await self._runner(installing.clear)
+        await fetch(
+            snapshot, link, installing.fetch,
+            throttle=self._own.get(actor.shard, self._throttle), transfer=transfer, runner=self._runner,
+            wanted=lambda: actor.election.takes(snapshot.epoch),
+        )  # fmt: skip
+        self.counters["fetched_bytes"] += snapshot.bytes
+        state = await self._runner(_prepare, installing.fetch, actor.replica)
+        if state.position != snapshot.position:
+            raise SnapshotError("snapshot_damaged", "it does not end where it was said to end")
+        install = partial(_install, installing, state)
+        if not await actor.replace(snapshot.epoch, state.position, install, self._runner):
+            raise SnapshotError("overtaken", "its epoch is not followed any more, or our log is beyond it")
+
+
+def _prepare(directory: Path, old: Replica) -> TableState:
+    try:
+        return become_replica(
+            directory, shard=old.shard, node_id=old.node_id, config=old.config, replica_id=old.replica_id
+        )
+    except OSError as error:
+        raise disk_error(error, directory) from error
+
+
+def _install(installing: Installing, state: TableState, old: Replica) -> Replica:
+    """Nothing is written to `old` meanwhile."""
+    ours, theirs = EpochStarts(old.epoch_starts.items()), EpochStarts(state.epoch_starts.items())
+    shared = shared_end(ours, old.position.sequence, theirs, state.position.sequence)
+    kept = old.keep_tail(shared)
+    if kept is not None:
+        log.warning("tail kept", shard=old.shard, after=shared, file=kept.name, records=kept.records)
+    try:
+        installing.swap([file.path for file in old.side_files()], old.quarantine_path)
+        try:
+            return Replica.open(old.directory, shard=old.shard, node_id=old.node_id, config=old.config)
+        except StorageError as error:
+            installing.swap_back()
+            raise SnapshotError("snapshot_damaged", f"it did not open: {error}") from error
+    except OSError as error:
+        if not installing.directory.exists():
+            # A restart puts it right; going on without would not.
+            raise DamagedError(installing.directory, None, f"renaming failed: {error}") from error
+        raise disk_error(error, installing.directory) from error

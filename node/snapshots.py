@@ -1,0 +1,191 @@
+"""Snapshots that this node's primaries give to replicas whose logs end before theirs begin. An actor (docs/replication.md).
+
+  snapshot_open   [shard, [epoch, sequence] that it must reach] → [id, epoch of the primary, [epoch, sequence] that it holds
+                    everything up to, [[file, bytes, xxh3 in hex]…]]
+  snapshot_read   [id, file, offset, bytes] → bytes
+  snapshot_close  [id] → nil
+
+The log is kept from a snapshot's position while it is open, so that whoever takes it can go on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import structlog
+import trio
+
+from node.blocking import Runner, ThreadRunner
+from node.shard import ShardActor
+from router.ports import NodeError
+from storage.errors import DamagedError, StorageError
+from storage.records import Version
+from storage.replica import Replica
+from storage.snapshot import checksum
+
+log = structlog.get_logger(__name__)
+
+AT_ONCE = 2
+RETRY_MS = 500
+EXPIRE_S = 60.0
+LOOK_S = 1.0
+READ_BYTES_MAX = 1 << 20
+
+Handler = Callable[[str, Any], Awaitable[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """files: name → (bytes, xxh3)."""
+
+    id: str
+    peer: str
+    replica: Replica
+    directory: Path
+    files: dict[str, tuple[int, str]]
+    touched: float
+    reading: int = 0
+
+
+class Snapshots:
+    """At most AT_ONCE at a time; one for each asker and shard, the last it asked for."""
+
+    def __init__(
+        self, shards: Mapping[int, ShardActor], directory: Path, *, expire_s: float = EXPIRE_S
+    ) -> None:
+        """directory: for the files of open snapshots, on the replicas' file system; what is in it is removed by `run`."""
+        self._shards, self._directory, self._expire_s = shards, directory, expire_s
+        self._making: Runner = ThreadRunner("snapshots", limit=AT_ONCE)
+        self._reading: Runner = ThreadRunner("snapshot-reads", limit=4)
+        self._open: dict[str, _Open] = {}
+        self._begun = 0
+        self.counters = {"opened": 0, "closed": 0, "expired": 0, "read_bytes": 0}
+
+    def handlers(self) -> dict[str, Handler]:
+        """By op; they raise NodeError."""
+        return {"snapshot_open": self.open, "snapshot_read": self.read, "snapshot_close": self.close}
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+        for one in list(self._open.values()):
+            self._forget(one)
+        await self._making(partial(shutil.rmtree, self._directory, ignore_errors=True))
+        task_status.started()
+        while True:
+            await trio.sleep(LOOK_S)
+            late = trio.current_time() - self._expire_s
+            for one in [one for one in self._open.values() if one.touched < late and not one.reading]:
+                log.warning("snapshot expired", shard=one.replica.shard, asker=one.peer)
+                self.counters["expired"] += 1
+                await self._drop(one)
+
+    async def open(self, peer: str, body: Any) -> Any:
+        shard, (epoch, sequence) = body
+        actor = self._shards.get(shard)
+        if actor is None or actor.reign is None:
+            raise NodeError("no_primary", f"shard {shard} is not led by this node")
+        for one in [one for one in self._open.values() if (one.peer, one.replica.shard) == (peer, shard)]:
+            await self._drop(one)
+        if self._begun + len(self._open) >= AT_ONCE:
+            raise NodeError("overloaded", f"{AT_ONCE} snapshots are being read from this node", RETRY_MS)
+        self._begun += 1
+        try:
+            return await self._make(peer, actor, actor.reign.epoch, Version(epoch, sequence))
+        except StorageError as error:
+            if isinstance(error, DamagedError):
+                actor.harm(error)
+            raise NodeError(error.code, str(error), RETRY_MS) from error
+        finally:
+            self._begun -= 1
+
+    async def _make(self, peer: str, actor: ShardActor, epoch: int, wanted: Version) -> Any:
+        began = trio.current_time()
+        id_ = secrets.token_hex(8)
+        directory = self._directory / f"{actor.shard:03}-{id_}"
+        replica, pinned = await actor.upkeep.pin(id_, directory, self._making)
+        one = _Open(id_, peer, replica, directory, {}, trio.current_time(), reading=1)
+        self._open[id_] = one
+        try:
+            _check_reach(pinned.state.position, wanted)
+            checks = await self._making(_checksums, directory, pinned.files)
+        except BaseException:
+            await self._drop(one)
+            raise
+        one.files = {name: (size, checks[name]) for name, size in pinned.files.items()}
+        one.reading, one.touched = 0, trio.current_time()
+        self.counters["opened"] += 1
+        position = pinned.state.position
+        log.info(
+            "snapshot made", shard=actor.shard, asker=peer, position=tuple(position),
+            bytes=sum(pinned.files.values()), seconds=round(trio.current_time() - began, 3),
+        )  # fmt: skip
+        return [id_, epoch, position, [[name, *described] for name, described in one.files.items()]]
+
+    def _asked(self, peer: str, id_: str) -> _Open:
+        one = self._open.get(id_)
+        if one is None or one.peer != peer:
+            raise NodeError("snapshot_gone", "this snapshot is not open (any more); ask for another")
+        return one
+
+    async def read(self, peer: str, body: Any) -> bytes:
+        id_, name, offset, size = body
+        one = self._asked(peer, id_)
+        if name not in one.files:
+            raise NodeError("bad_request", f"the snapshot has no file {name!r}")
+        size = min(size, READ_BYTES_MAX, one.files[name][0] - offset)
+        one.touched = trio.current_time()
+        if size <= 0 or offset < 0:
+            return b""
+        one.reading += 1
+        try:
+            data = await self._reading(_read, one.directory / name, offset, size)
+        except StorageError as error:
+            raise NodeError(error.code, str(error)) from error
+        finally:
+            one.reading -= 1
+        self.counters["read_bytes"] += len(data)
+        return data
+
+    async def close(self, peer: str, body: Any) -> None:
+        (id_,) = body
+        one = self._open.get(id_)
+        if one is not None and one.peer == peer:
+            self.counters["closed"] += 1
+            await self._drop(one)
+
+    def _forget(self, one: _Open) -> None:
+        self._open.pop(one.id, None)
+        one.replica.log_holds.pop(one.id, None)
+
+    async def _drop(self, one: _Open) -> None:
+        self._forget(one)
+        with trio.CancelScope(shield=True):
+            await self._making(partial(shutil.rmtree, one.directory, ignore_errors=True))
+
+
+def _check_reach(position: Version, wanted: Version) -> None:
+    if position < wanted:
+        raise NodeError(
+            "snapshot_behind", f"it ends at {tuple(position)}, the asker's log at {tuple(wanted)}"
+        )
+
+
+def _checksums(directory: Path, files: Mapping[str, int]) -> dict[str, str]:
+    try:
+        return {name: checksum(directory / name, size) for name, size in files.items()}
+    except OSError as error:
+        raise DamagedError(directory, None, f"it cannot be read ({error.strerror})") from error
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    try:
+        with path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DamagedError(path, offset, f"it cannot be read ({error.strerror})") from error

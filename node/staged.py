@@ -1,0 +1,44 @@
+"""`data/staged`: changes of the layout that wait on this node for a plan and a commit. Blocking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from router.planning import Change
+from storage.errors import FormatError, StorageError
+from storage.files import write_atomically
+
+FORMAT = 1
+CHANGES_MAX = 1_000
+
+
+class DamagedStagedError(StorageError):
+    """The file is not what was written."""
+
+    code = "damaged"
+
+
+def load(path: Path) -> list[Change]:
+    """Empty when there are none. Raises DamagedStagedError, FormatError, OSError."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    try:
+        fields = json.loads(data)
+        if fields["format"] != FORMAT:
+            raise FormatError(f"{path} has format {fields['format']}, this build knows {FORMAT}")
+        return [
+            Change(action=action, node=node, values=tuple((key, value) for key, value in values))
+            for action, node, values in fields["changes"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStagedError(f"{path} is damaged: {error}; `gmco cluster revert` removes it") from error
+
+
+def save(path: Path, changes: Sequence[Change]) -> None:
+    """Durable when it returns. Raises OSError."""
+    listed = [[change.action, change.node, change.values] for change in changes]
+    write_atomically(path, json.dumps({"format": FORMAT, "changes": listed}, indent=1).encode() + b"\n")

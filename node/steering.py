@@ -1,0 +1,189 @@
+"""What operators ask about ownership: who holds and leads which shard, and that another one shall lead it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import structlog
+import trio
+
+from node.failover import Failover
+from node.links import Links
+from node.members import Members
+from node.peerlink import PeerError, RemoteError
+from node.repairer import Repairer
+from node.shard import ShardActor
+from router.errors import RequestError, known
+from router.operating import FailOver, Repair
+from router.ports import NodeError
+
+log = structlog.get_logger(__name__)
+
+TIMEOUT_S = 10.0
+Handler = Callable[[str, Any], Awaitable[dict[str, Any]]]
+CALL_S = 2.0
+# So far above every epoch that is known to anybody a forced one is, that those who come back follow it.
+FORCED_ABOVE = 1_000
+
+
+class Steering:
+    """Answers `failover` for the whole cluster; peers ask each other by the op of the same name."""
+
+    def __init__(
+        self,
+        members: Members,
+        links: Links,
+        shards: Mapping[int, ShardActor],
+        failover: Failover,
+        repairer: Repairer,
+    ) -> None:
+        self._members, self._links, self._repairer = members, links, repairer
+        self._shards, self._failover = shards, failover
+
+    async def apply(self, request: FailOver) -> dict[str, Any]:
+        """Raises RequestError."""
+        timeout_s = request.timeout_ms / 1000 if request.timeout_ms else TIMEOUT_S
+        node = request.to if request.force else await self._leader(request.shard)
+        body = [request.shard, request.to, request.force, request.confirmed, int(timeout_s * 1000)]
+        return await self._ask(node, "failover", self.handle_peer, body, timeout_s)
+
+    async def repair(self, request: Repair) -> dict[str, Any]:
+        """By whoever leads the shard. Raises RequestError."""
+        timeout_s = request.timeout_ms / 1000 if request.timeout_ms else TIMEOUT_S
+        body = [request.shard, int(timeout_s * 1000)]
+        node = await self._leader(request.shard)
+        return await self._ask(node, "repair", self._repairer.on_repair, body, timeout_s)
+
+    async def _ask(
+        self, node: str, op: str, here: Handler, body: list[Any], timeout_s: float
+    ) -> dict[str, Any]:
+        try:
+            if node == self._members.own.name:
+                return await here(node, body)
+            link = await self._links.add(node)
+            found: dict[str, Any] = await link.call(op, body, timeout_s + CALL_S)
+        except (RemoteError, NodeError) as error:
+            raise RequestError(known(error.code), error.message) from error
+        except PeerError as error:
+            raise RequestError("unavailable", f"{node} cannot be reached: {error}", "to") from error
+        return found
+
+    async def _leader(self, shard: int) -> str:
+        """Who leads it now."""
+        for name in self._alive():
+            ends = await self._end_of(name, shard)
+            if ends is not None and ends["leads"]:
+                return name
+        raise RequestError(
+            "no_primary",
+            f"nobody leads shard {shard} now: an election needs a majority of its voters; `gmco shards` shows who is there, and "
+            "--force with --to does without a majority and may lose writes",
+            "shard",
+        )
+
+    def _alive(self) -> list[str]:
+        return sorted({one.name for one in self._members.all() if one.alive} | {self._members.own.name})
+
+    async def _end_of(self, name: str, shard: int) -> dict[str, Any] | None:
+        """Where that node's log of the shard ends; None when it cannot be asked, or has none."""
+        try:
+            if name == self._members.own.name:
+                return self.tell_end(name, [shard, 0])
+            found: dict[str, Any] | None = await self._links[name].call("shard_end", [shard, 0], CALL_S)
+            return found
+        except (PeerError, KeyError):
+            return None
+
+    def tell_end(self, _peer: str, body: Any) -> dict[str, Any] | None:
+        """The peer op `shard_end`: [shard, …] → {epoch, sequence, promised, leads} or nil."""
+        shard, *_ = body
+        actor = self._shards.get(shard)
+        if actor is None:
+            return None
+        position = actor.replica.position
+        return {
+            "epoch": position.epoch,
+            "sequence": position.sequence,
+            "promised": max(actor.election.seen, actor.election.promised, position.epoch),
+            "leads": actor.leads,
+        }
+
+    async def handle_peer(self, _peer: str, body: Any) -> dict[str, Any]:
+        """The peer op `failover`: [shard, to, force, confirmed, time left ms]. Raises NodeError."""
+        shard, to, force, confirmed, left_ms = body
+        actor = self._shards.get(shard)
+        if actor is None:
+            raise NodeError("bad_request", f"shard {shard} has no replica on {self._members.own.name}")
+        if force:
+            return await self._force(actor, confirmed, left_ms / 1000)
+        before = actor.primary
+        if to == before:
+            return {"shard": shard, "from": before, "to": to, "epoch": actor.election.epoch}
+        await self._failover.hand_over(actor, to or self._failover.successor(actor), left_ms / 1000)
+        epoch, primary = actor.hint
+        return {"shard": shard, "from": before, "to": primary, "epoch": epoch}
+
+    async def _force(self, actor: ShardActor, confirmed: bool, left_s: float) -> dict[str, Any]:
+        """Says what may be lost; does it only when that was confirmed."""
+        own = self._members.own.name
+        ends: dict[str, dict[str, Any] | None] = {}
+
+        async def ask(name: str) -> None:
+            ends[name] = await self._end_of(name, actor.shard)
+
+        async with trio.open_nursery() as nursery:
+            for name in actor.placement.names:
+                nursery.start_soon(ask, name)
+        mine = ends.get(own) or self.tell_end(own, [actor.shard])
+        assert mine is not None
+        silent = sorted(name for name, end in ends.items() if end is None)
+        ahead = sorted(
+            name
+            for name, end in ends.items()
+            if end is not None and (end["epoch"], end["sequence"]) > (mine["epoch"], mine["sequence"])
+        )
+        found: dict[str, Any] = {
+            "shard": actor.shard,
+            "to": own,
+            "end": [mine["epoch"], mine["sequence"]],
+            "silent": silent,
+            "ahead": {name: [end["epoch"], end["sequence"]] for name in ahead if (end := ends[name])},
+            "forced": False,
+        }
+        if any(end is not None and end["leads"] for end in ends.values()):
+            raise NodeError(
+                "refused", f"shard {actor.shard} has a primary; --force is for a shard that can get none"
+            )
+        if not confirmed:
+            return found
+        if ahead:
+            raise NodeError(
+                "refused",
+                f"{', '.join(ahead)} has more of shard {actor.shard} than {own}: force it --to there",
+            )
+        epoch = max(end["promised"] for end in [mine, *ends.values()] if end is not None) + FORCED_ABOVE
+        log.error("forced", shard=actor.shard, epoch=epoch, silent=silent)
+        self._failover.force(actor, epoch)
+        with trio.move_on_after(left_s):
+            while not actor.leads:
+                await actor.changed()
+        return found | {"forced": actor.leads, "epoch": epoch}
+
+    async def shards(self) -> dict[str, Any]:
+        """Every replica of every alive node, as that node tells it; `silent`: nodes that did not answer."""
+        rows: list[dict[str, Any]] = []
+        silent: list[str] = []
+
+        async def ask(name: str) -> None:
+            try:
+                told = await self._links[name].call("status", [0], CALL_S)
+                rows.extend({**row, "node": name} for row in told["shards"])
+            except (PeerError, KeyError, TypeError):
+                silent.append(name)
+
+        async with trio.open_nursery() as nursery:
+            for name in self._alive():
+                if name != self._members.own.name:
+                    nursery.start_soon(ask, name)
+        return {"replicas": rows, "silent": sorted(silent)}
