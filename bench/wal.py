@@ -13,9 +13,10 @@ from pathlib import Path
 import trio
 
 from bench.harness import arguments, figure, interleaved, say
+from node.batching import WriteItem
 from node.blocking import DedicatedThread, Runner, ThreadRunner
 from node.commit import GroupCommit
-from node.shard import MAINTENANCE_S, WriteItem
+from node.upkeep import EVERY_S as MAINTENANCE_S
 from router.ports import Change
 from storage import records, wal
 from storage import segment as fmt
