@@ -49,11 +49,12 @@ class Role(Enum):
 
 class Stand(NamedTuple):
     """Please promise me `epoch`. last: where my log ends. released: the epoch whose primary gave way to me (0: none), so its
-    lease binds nobody any more."""
+    lease binds nobody any more. to: the replica by which the placement in my log names you, told by the shell."""
 
     epoch: int
     last: Version
     released: int = 0
+    to: int = 0
 
 
 class Ask(NamedTuple):
@@ -63,6 +64,7 @@ class Ask(NamedTuple):
     epoch: int
     last: Version
     released: int = 0
+    to: int = 0
 
 
 class Would(NamedTuple):
@@ -204,10 +206,14 @@ class Election:
         return self.role is Role.PRIMARY and not self._resigned and now < self._lease_ends()
 
     def takes(self, epoch: int) -> bool:
-        """Whether a stream of `epoch` may be followed. Not one below our log's end: it would have us cut what a later
-        primary has counted on."""
-        least = max(self.promised, self._persisting, self._last().epoch)
-        return epoch >= least and self.role is not Role.PRIMARY
+        """Whether a stream of `epoch` may be followed."""
+        return epoch >= self.bound and self.role is not Role.PRIMARY
+
+    @property
+    def bound(self) -> int:
+        """Nothing of an epoch below is taken, none up to it promised. The log's last epoch binds like a promise: others count
+        on what is there."""
+        return max(self.promised, self._persisting, self._last().epoch)
 
     @property
     def majority(self) -> int:
@@ -266,7 +272,7 @@ class Election:
     def _stand(self, now: float, released: int, also: tuple[str, ...] = ()) -> list[Effect]:
         self.role = Role.CANDIDATE
         self.primary = None
-        epoch = max(self.seen, self.promised, self._persisting, self._last().epoch) + 1
+        epoch = max(self.seen, self.bound) + 1
         self._candidacy = _Candidacy(epoch, released, yes={self.name}, also=also)
         config = self._config
         self._stand_at = (
@@ -329,12 +335,14 @@ class Election:
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
-    def on_message(self, sender: str, message: Message, now: float) -> list[Effect]:
+    def on_message(self, sender: str, message: Message, now: float, *, named: bool = False) -> list[Effect]:
+        """named: the placement in the sender's log counts this very replica as a voter, though ours may not say so yet: who was
+        admitted while it was cut off must be able to vote for those who have the record of that."""
         if isinstance(message, Ask):
-            refusal = self._why_not(message, now)
+            refusal = self._why_not(message, now, named)
             return [Tell(sender, Would(message.epoch) if refusal is None else refusal)]
         if isinstance(message, Stand):
-            return self._on_stand(sender, message, now)
+            return self._on_stand(sender, message, now, named)
         if isinstance(message, Would):
             return self._on_yes(sender, message.epoch, True, now)
         if isinstance(message, Promise):
@@ -346,8 +354,8 @@ class Election:
         effects = self._step_down(f"{sender} hands over", now) if self.role is Role.PRIMARY else []
         return effects + self._stand(now, released=message.released)
 
-    def _on_stand(self, sender: str, stand: Stand, now: float) -> list[Effect]:
-        refusal = self._why_not(stand, now)
+    def _on_stand(self, sender: str, stand: Stand, now: float, named: bool) -> list[Effect]:
+        refusal = self._why_not(stand, now, named)
         if refusal is not None:
             return [Tell(sender, refusal)]
         effects: list[Effect] = []
@@ -361,9 +369,9 @@ class Election:
         self._promise_to = sender
         return effects + self._persist(stand.epoch)
 
-    def _why_not(self, stand: Stand | Ask, now: float) -> Refuse | None:
-        promised = max(self.promised, self._persisting, self._last().epoch)
-        if self.name not in self.voters:
+    def _why_not(self, stand: Stand | Ask, now: float, named: bool) -> Refuse | None:
+        promised = self.bound
+        if self.name not in self.voters and not named:
             return Refuse(stand.epoch, promised, "learner")
         if stand.epoch <= promised:
             return Refuse(stand.epoch, promised, "promised")
@@ -399,7 +407,8 @@ class Election:
             return []
         self.seen = max(self.seen, epoch)
         self.role, self.epoch, self.primary = Role.FOLLOWER, epoch, primary
-        self._candidacy = None
+        # A promise that is still on its way to the disk was to a candidate of that epoch, or of one before.
+        self._candidacy = self._promise_to = None
         self._bind(epoch, now)
         return []
 

@@ -131,7 +131,10 @@ class Failover:
             if isinstance(effect, Persist):
                 self._nursery.start_soon(self._persist, actor, effect.epoch)
             elif isinstance(effect, Tell):
-                self._tell(actor, effect.to, [_NAMES[type(effect.message)], *effect.message])
+                message = effect.message
+                if isinstance(message, Ask | Stand) and not actor.founding:
+                    message = message._replace(to=dict(actor.placement.voters).get(effect.to, 0))
+                self._tell(actor, effect.to, [_NAMES[type(message)], *message])
             elif isinstance(effect, Lead):
                 self.counters["elections"] += 1
                 self._nursery.start_soon(self._lead, actor, effect)
@@ -218,15 +221,16 @@ class Failover:
         actor.hear_of(epoch, primary)
 
     def _on_message(self, actor: ShardActor, peer: str, replica: int, message: Message, now: float) -> None:
+        named = isinstance(message, Ask | Stand) and message.to == actor.replica.replica_id
         if actor.founding:
             self._founders[actor.shard, peer] = replica
-        elif not actor.placement.is_voter(peer, replica):
+        elif not named and not actor.placement.is_voter(peer, replica):
             # A learner, or a replica on a new disk: nothing that it says counts before an epoch names it.
             if isinstance(message, Ask | Stand):
                 refusal = Refuse(message.epoch, actor.election.promised, "learner")
                 self.act(actor, [Tell(peer, refusal)])
             return
-        self.act(actor, actor.election.on_message(peer, message, now))
+        self.act(actor, actor.election.on_message(peer, message, now, named=named))
 
     # -- handing over ---------------------------------------------------------------------------------------------
 
@@ -314,9 +318,9 @@ class Failover:
         self.act(actor, actor.election.force(epoch, trio.current_time()))
 
     def readmit(self, actor: ShardActor, name: str, replica: int) -> None:
-        """A voter on a new disk is level: open an epoch that names its new replica."""
+        """A voter on a new disk is level, or a learner on one is there: open an epoch that names its new replica."""
         if self.change(actor, actor.placement.replaced(name, replica)):
-            log.warning("voter readmitted", shard=actor.shard, voter=name)
+            log.warning("readmitted", shard=actor.shard, replica_of=name)
 
 
 def _message(kind: Any, fields: Sequence[Any]) -> Message | _Leads:
@@ -328,11 +332,17 @@ def _message(kind: Any, fields: Sequence[Any]) -> Message | _Leads:
         at, sequence = made.last
         made = made._replace(last=Version(at, sequence))
         _check(at, sequence, made.epoch, made.released)
+        _check_id(made.to)
     elif isinstance(made, Refuse):
         _check(made.epoch, made.promised)
     else:
         _check(*made)
     return made
+
+
+def _check_id(replica: Any) -> None:
+    if type(replica) is not int:
+        raise TypeError(f"{replica!r:.40} is not a replica id")
 
 
 def _check(*numbers: Any) -> None:

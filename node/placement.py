@@ -7,7 +7,7 @@ has another and is no voter until a primary has opened an epoch that names it (`
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgpack
 
@@ -37,11 +37,17 @@ class Placement:
     def is_voter(self, name: str, replica: int) -> bool:
         return (name, replica) in self.voters
 
+    def names_replica(self, name: str, replica: int) -> bool:
+        """As a voter or as a learner."""
+        return (name, replica) in self.voters or (name, replica) in self.learners
+
     def replaced(self, name: str, replica: int) -> Placement:
-        """With that voter's replica on a new disk."""
-        return replace(
-            self, voters=tuple((one, replica if one == name else before) for one, before in self.voters)
-        )
+        """With that voter's, or learner's, replica on a new disk."""
+
+        def put(pairs: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+            return tuple((one, replica if one == name else before) for one, before in pairs)
+
+        return Placement(put(self.voters), put(self.learners))
 
     def pack(self) -> bytes:
         packed: bytes = msgpack.packb([FORM, self.voters, self.learners])

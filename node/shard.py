@@ -50,7 +50,7 @@ class Reign:
     # The sequence of the record that opened it.
     began: int
     ended: str = ""
-    # Where everybody's log ended who has pulled in this epoch and matched, learners and strangers included.
+    # Where everybody's log ended who has pulled in this epoch and matched, by the replica that is named: voters and learners.
     heard: dict[str, int] = field(default_factory=dict)
 
 
@@ -523,13 +523,17 @@ class ShardActor:
             if pull.echo is not None:
                 self.election.on_echo(follower, pull.echo)
             self._tell()
-        elif pull.epoch == reign.epoch and follower in self.placement.names and self._level(pull):
+        elif pull.epoch == reign.epoch and self._may_take_place(follower, pull):
             self.readmit(self, follower, pull.replica)
             return NotPrimary(*self.hint)
-        reign.heard[follower] = pull.named.sequence
+        if self.placement.names_replica(follower, pull.replica):
+            reign.heard[follower] = pull.named.sequence
+        else:
+            # On another disk than the one that is named: what that had says nothing of this one.
+            reign.heard.pop(follower, None)
         after = pull.named.sequence
         deadline = trio.current_time() + pull.wait_ms / 1000
-        while self.replica.position.sequence <= after and not reign.ended:
+        while not self._has_news(follower, after) and not reign.ended:
             moved = self._moved
             with trio.move_on_at(deadline) as scope:
                 await moved.wait()
@@ -538,7 +542,7 @@ class ShardActor:
         if reign.ended:
             return NotPrimary(*self.hint)
         data = b""
-        if self.replica.position.sequence > after:
+        if self._has_news(follower, after):
             data = self.replica.read_log(after, pull.max_bytes)
         now = trio.current_time()
         lag_ms = reign.progress.lag_ms(after, now)
@@ -547,6 +551,18 @@ class ShardActor:
             lag_ms = max(lag_ms, (self._now_ns() - decode(data).timestamp_ns) // 1_000_000)
         # What the log's thread has just made durable may be in `data` before the loop has applied it.
         return Streamed(reign.epoch, now, self.replica.logged, lag_ms, data)
+
+    def _may_take_place(self, follower: str, pull: Pull) -> bool:
+        """That of a former replica of that node, whose disk was replaced: a learner at once, a voter once it is level."""
+        placement = self.placement
+        if follower not in placement.holders or placement.names_replica(follower, pull.replica):
+            return False
+        return follower not in placement.names or self._level(pull)
+
+    def _has_news(self, follower: str, after: int) -> bool:
+        """Not, for one that is no holder any more, before the epoch is settled. With the record that takes its vote away it
+        could not stand, and would still refuse those who lack that; and without its vote they could not win."""
+        return self.replica.position.sequence > after and (follower in self.placement.holders or self.settled)
 
     def _heartbeat(self, follower: str, pull: Pull, reign: Reign) -> Streamed:
         """For one that fetches a snapshot. This answer binds it to our epoch, so its echo keeps our lease; what it holds it has
@@ -560,8 +576,11 @@ class ShardActor:
     def is_level(self, name: str) -> bool:
         """As primary: that follower has all that we have, or is as good as there."""
         reign = self.reign
+        # Who has not been heard is not level, however short our log is.
         return (
-            reign is not None and reign.heard.get(name, -1) >= self.replica.position.sequence - LEVEL_RECORDS
+            reign is not None
+            and name in reign.heard
+            and reign.heard[name] >= self.replica.position.sequence - LEVEL_RECORDS
         )
 
     def _level(self, pull: Pull) -> bool:

@@ -286,6 +286,28 @@ def test_renewing_stands_above_the_own_epoch_with_the_own_lease_given_up() -> No
     assert replica("b").renew(10.0) == [], "who does not lead has nothing to renew"
 
 
+def test_who_follows_a_later_epoch_tells_no_promise_that_was_still_on_its_way_to_the_disk() -> None:
+    one = replica()
+    assert one.on_message("a", Stand(2, END), 10.0) == [Persist(2)]
+    one.on_stream("c", 3, 10.0)
+    assert one.on_persisted(2, 10.1) == []
+
+
+def test_who_is_named_by_the_candidates_placement_votes_before_its_own_log_says_so() -> None:
+    one = replica("d")
+    (refusal,) = told(one.on_message("a", Ask(2, END), 10.0))
+    assert isinstance(refusal, Refuse)
+    assert refusal.reason == "learner"
+    assert told(one.on_message("a", Ask(2, END), 10.0, named=True)) == [Would(2)]
+    assert one.on_message("a", Stand(2, END), 10.0, named=True) == [Persist(2)]
+    assert one.on_persisted(2, 10.1) == [Tell("a", Promise(2))]
+    # The other reasons still hold, and it does not stand itself.
+    (refusal,) = told(one.on_message("b", Stand(3, Version(1, 4)), 10.2, named=True))
+    assert isinstance(refusal, Refuse)
+    assert refusal.reason == "log"
+    assert one.on_timer(100.0) == []
+
+
 def test_who_gives_up_lets_the_others_stand_first_and_may_promise_at_once() -> None:
     one = elected(now=10.0)
     (effect,) = one.give_up("its disk is full", 10.1)

@@ -23,7 +23,7 @@ from storage.batch import Batch
 from storage.errors import DiskFullError
 from storage.records import Kind, Mark
 from tests.unit.node.peers import on_trio
-from tests.unit.node.voters import BRISK, Willing, change, leading, running
+from tests.unit.node.voters import ABSENT, BRISK, Willing, change, leading, running
 
 
 @on_trio
@@ -224,6 +224,37 @@ async def test_a_voter_alone_takes_a_second_one_at_once(tmp_path: Path) -> None:
         await leading(actor)
         assert actor.placement.names == ("a", "b")
         assert trio.current_time() - began < BRISK.candidacy_s, "not only when it has waited in vain"
+
+
+@on_trio
+async def test_a_voter_is_asked_by_its_replica_and_votes_when_it_is_named(tmp_path: Path) -> None:
+    """It may have been admitted while it was cut off: its own log then says that it is none."""
+    async with running(tmp_path, ("a", "b", "c")) as actor:
+        failover: Failover = actor.act.__self__  # type: ignore[attr-defined]
+        told: list[Any] = []
+
+        class Noted(Willing):
+            def __getitem__(self, name: str) -> Any:
+                class Link:
+                    async def call(self, op: str, body: Any, timeout_s: float) -> None:
+                        await trio.lowlevel.checkpoint()
+                        told.extend([name, *message] for message in body)
+
+                return Link()
+
+        failover._links = Noted(["b", "c"], {})  # type: ignore[assignment]
+        # A new disk, as its log sees it: the placement names another replica of a.
+        newer = actor.placement.replaced("a", 0x999)
+        actor.act(actor, actor.election.on_leader(5, trio.current_time()))
+        actor.act(actor, actor.election.on_stream("c", 5, trio.current_time()))
+        blobs, records = epoch_record(5, actor.replica.position.sequence, newer.pack())
+        assert await actor.follow(5, blobs, records)
+        actor.election._bound_until = 0.0
+        mine, theirs = actor.replica.replica_id, ABSENT["b"]
+        for to in (0x999, mine):
+            failover.on_peer("b", [[0, theirs, "ask", 6, [5, 99], 0, to]])
+            await trio.sleep(0.02)
+        assert [message[3] for message in told if message[3] in ("refuse", "would")] == ["refuse", "would"]
 
 
 @on_trio

@@ -44,6 +44,14 @@ def test_a_replaced_voter_keeps_its_place_and_nobody_else_changes(
     assert [pair for pair in new.voters if pair[0] != name] == [p for p in placement.voters if p[0] != name]
 
 
+def test_a_learner_is_replaced_and_named_likewise() -> None:
+    placement = Placement((("a", 1),), (("b", 2), ("c", 3)))
+    new = placement.replaced("b", 4)
+    assert new == Placement((("a", 1),), (("b", 4), ("c", 3)))
+    assert new.names_replica("b", 4)
+    assert not new.names_replica("b", 2)
+
+
 def test_a_name_alone_is_no_voter() -> None:
     placement = Placement((("a", 1), ("b", 2)), (("c", 3),))
     assert placement.is_voter("a", 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from node.placement import Placement
 from node.pulls import Forked, NotPrimary, Streamed
 from router.ports import NodeError
 from storage.errors import LogGoneError, ReplicaStoppedError
@@ -385,3 +386,52 @@ async def test_who_lacks_what_was_written_before_this_epoch_is_as_old_as_that(tm
         level = await pull(actor, "b", actor.replica.fingerprint(actor.replica.position.sequence))
         assert isinstance(level, Streamed)
         assert level.lag_ms == 0
+
+
+@on_trio
+async def test_who_holds_by_no_placement_gets_nothing_of_an_epoch_before_it_is_settled(
+    tmp_path: Path,
+) -> None:
+    """It may be the voter that this epoch takes out: with its record it would refuse all who lack that, and could not stand."""
+    async with running(tmp_path, ("a", "b", "c")) as actor:
+        assert not actor.settled
+        stranger = await pull(actor, "d", EMPTY, replica=0xD)
+        assert isinstance(stranger, Streamed)
+        assert not stranger.records
+        voter = await pull(actor, "b", EMPTY)
+        assert isinstance(voter, Streamed)
+        assert voter.records
+        await pull(actor, "b", actor.replica.fingerprint(actor.replica.position.sequence))
+        assert actor.settled
+        stranger = await pull(actor, "d", EMPTY, replica=0xD)
+        assert isinstance(stranger, Streamed)
+        assert stranger.records
+
+
+@on_trio
+async def test_only_the_replica_that_is_named_is_level(tmp_path: Path) -> None:
+    async with running(tmp_path, ("a", "b", "c")) as actor:
+        end = actor.replica.fingerprint(actor.replica.position.sequence)
+        await pull(actor, "b", end)
+        assert actor.is_level("b")
+        # Its disk was replaced: what the former one had says nothing of this one.
+        await pull(actor, "b", EMPTY, replica=0x99)
+        assert not actor.is_level("b")
+
+
+@on_trio
+async def test_a_learner_on_a_new_disk_is_named_anew_at_once_and_a_voter_once_it_is_level(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, ("a", "b", "c")) as actor:
+        told: list[tuple[str, int]] = []
+        actor.readmit = lambda _actor, name, replica: told.append((name, replica))
+        actor.placement = Placement(actor.placement.voters, (("d", 4),))
+        await pull(actor, "d", EMPTY, replica=4)
+        await pull(actor, "b", EMPTY)
+        await pull(actor, "b", EMPTY, replica=0x99)
+        assert told == []
+        assert isinstance(await pull(actor, "d", EMPTY, replica=5), NotPrimary)
+        end = actor.replica.fingerprint(actor.replica.position.sequence)
+        assert isinstance(await pull(actor, "b", end, replica=0x99), NotPrimary)
+        assert told == [("d", 5), ("b", 0x99)]
