@@ -1,13 +1,16 @@
-"""Clients, trouble, and the checker that follows every operation on a simulated shard. `run(seed)` returns what went wrong."""
+"""Clients, and the checker that follows every operation on a simulated shard. `run(seed)` returns what went wrong."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from storage.records import Version
-from tests.simulation.shards import CONFIG, Host, Sim
+from tests.simulation.nemesis import Nemesis
+from tests.simulation.shards import Host, Sim
+from tests.simulation.stores import Rec
 
 KEYS = [f"k{i}" for i in range(8)]
 CLIENTS = 6
@@ -21,10 +24,10 @@ class Operation:
     value: Any
     write_id: int
     ack: str
-    # When acknowledged: as what, and which disk promised it.
+    # When acknowledged: as what, which replica promised it, and under which voters.
     version: Version | None = None
     disk: int = 0
-    host: str = ""
+    voters: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -32,8 +35,12 @@ class Result:
     violations: list[str]
     acknowledged: int
     epochs: int
+    # Changes of the voters, replicas dismissed, and quorum writes acknowledged by voters of which the last placement has not all.
+    changes: int
+    dismissed: int
+    outlived: int
     side_files: int
-    quarantined: int = 0
+    quarantined: int
     points: dict[str, int] = field(default_factory=dict)
 
 
@@ -69,272 +76,146 @@ class Client:
             self.sim.at(self.sim.quiet_until, lambda: self.attempt(one, deadline))
             return
         host = self.sim.hosts[self.random.choice(self.sim.names)]
-        leading = [one for one in self.sim.hosts.values() if one.leads and one.running]
+        leading = self.sim.leading
         if leading and self.random.random() < 0.8:
             host = self.random.choice(leading)
+        replica = host.replica
         again = self.sim.now + self.random.uniform(0.02, 0.2)
 
         def done(what: str, version: Version | None, token: Version | None) -> None:
             if what == "ok" and one is self.pending:
                 assert version is not None
-                one.version, one.disk, one.host = version, host.disk.token, host.name
+                assert replica is not None
+                one.version, one.disk, one.voters = version, replica.id, replica.placement.voters
                 self.pending = None
                 if one.ack == "quorum":
                     assert token is not None
                     self.read(one.key, version, token)
                 self.sim.at(self.sim.now + self.random.uniform(0.0, 0.05), self.next)
 
-        host.write(one.op, one.key, one.value, one.write_id, one.ack, done)
+        if replica is not None and host.awake:
+            replica.write(one.op, one.key, one.value, one.write_id, one.ack, done)
         self.sim.at(max(again, self.sim.now + 0.02), lambda: self.attempt(one, deadline))
 
     def read(self, key: str, version: Version, token: Version) -> None:
         """With the session's token: who satisfies it must show the write or a later one."""
         host = self.sim.hosts[self.random.choice(self.sim.names)]
-        if not host.running or self.sim.now < host.paused_until:
+        if host.replica is None or not host.awake:
             return
-        if host.starts.matches(token, host.synced):
-            row = host.table.get(key)
-            if (row is None and version > host.floor) or (row is not None and row.version < version):
-                self.sim.violations.append(
-                    f"read-your-writes: {host.name} satisfies {tuple(token)} but shows {key} as {row}"
+        store = host.replica.store
+        if store.starts.matches(token, store.synced):
+            row = store.table.get(key)
+            if (row is None and version > store.floor) or (row is not None and row.version < version):
+                self.sim.laws.broken(
+                    "read-your-writes", f"{host.name} satisfies {tuple(token)} but shows {key} as {row}"
                 )
 
 
-class Nemesis:
-    """Trouble at random times; never so much that the promises of docs/ownership.md do not hold any more: at most one replica
-    is on a new disk, and a majority keeps its disks."""
-
-    def __init__(self, sim: Sim) -> None:
-        self.sim, self.random = sim, Random(sim.seed + 7)
-        self.stopped = False
-        sim.at(sim.now + 3, self.act)
-        sim.danger = self.danger
-
-    def danger(self, host: Host, point: str) -> None:
-        """Where something has just been promised, trouble comes more often than by chance."""
-        if (
-            self.stopped
-            or self.sim.now < 3
-            or not host.running
-            or self.random.random() > DANGER.get(point, 0.1)
-        ):
-            return
-        if point == "side-file-gone":
-            host = next((one for one in self.sim.hosts.values() if one.leads), host)
-            self.lose_disk(host)
-            return
-        if point == "promised" and self.random.random() < 0.5:
-            self.forget(host)
-            return
-        getattr(self, self.random.choice(["crash", "crash", "isolate", "cut_link", "pause"]))(host)
-
-    def forget(self, host: Host) -> None:
-        """Who has just promised starts again, and the others cannot hear each other: what it promised is its disk's to know."""
-        others = {name for name in self.sim.names if name != host.name}
-
-        def strike() -> None:
-            if host.running:
-                self.sim.network.cut = lambda a, b: a in others and b in others
-                host.crash()
-                self.sim.at(self.sim.now + 0.02, lambda: self.restart(host))
-
-        self.sim.at(self.sim.now + self.random.uniform(0.001, 0.006), strike)
-
-    def act(self) -> None:
-        if self.stopped:
-            return
-        self.sim.at(self.sim.now + self.random.uniform(0.1, 1.2), self.act)
-        host = self.sim.hosts[self.random.choice(self.sim.names)]
-        leader = [one for one in self.sim.hosts.values() if one.leads]
-        if leader and self.random.random() < 0.4:
-            host = leader[0]
-        (trouble,) = self.random.choices(list(TROUBLES), weights=TROUBLES.values())
-        getattr(self, trouble)(host)
-
-    def crash(self, host: Host) -> None:
-        if host.running:
-            host.crash()
-            self.sim.at(self.sim.now + self.random.choice([0.05, 0.3, 2.0]), lambda: self.restart(host))
-
-    def restart(self, host: Host) -> None:
-        if not host.running:
-            host.start()
-
-    def lose_disk(self, host: Host) -> None:
-        others = [one for one in self.sim.hosts.values() if one is not host]
-        clean = all(one.running and not one.disk.rebuilding and not one.disk.sides for one in others)
-        if host.running and not host.disk.rebuilding and clean:
-            host.lose_disk()
-            self.sim.at(self.sim.now + 0.5, lambda: self.restart(host))
-
-    def pause(self, host: Host) -> None:
-        if host.running:
-            host.pause(self.random.choice([0.2, 0.7, 1.5, 3.0]))
-
-    def isolate(self, host: Host) -> None:
-        one_way = self.random.random()
-        name = host.name
-        if one_way < 0.25:
-            self.sim.network.cut = lambda a, b: a == name
-        elif one_way < 0.5:
-            self.sim.network.cut = lambda a, b: b == name
-        else:
-            self.sim.network.cut = lambda a, b: (a == name) != (b == name)
-
-    def cut_link(self, host: Host) -> None:
-        pair = {host.name, self.random.choice([name for name in self.sim.names if name != host.name])}
-        self.sim.network.cut = lambda a, b: {a, b} == pair
-
-    def ambush(self, host: Host) -> None:
-        """One replica falls behind; another loses its disk; then the primary, which has everything, is away for a while."""
-        leader = next((one for one in self.sim.hosts.values() if one.leads), None)
-        if leader is None:
-            return
-        behind, bare = self.random.sample([one for one in self.sim.hosts.values() if one is not leader], 2)
-        self.sim.network.cut = lambda a, b: behind.name in (a, b)
-
-        def strike() -> None:
-            self.lose_disk(bare)
-            self.crash(leader)
-            self.sim.network.cut = None
-
-        self.sim.at(self.sim.now + self.random.uniform(0.1, 0.4), strike)
-
-    def forget_lease(self, host: Host) -> None:
-        """While nobody writes, one replica loses the primary, and the other starts again: it must not help the first to become
-        primary while the old one may still acknowledge by what it had echoed before."""
-        leader = next((one for one in self.sim.hosts.values() if one.leads), None)
-        if leader is None:
-            return
-        lonely, again = self.random.sample([one for one in self.sim.hosts.values() if one is not leader], 2)
-        pair = {leader.name, lonely.name}
-        self.sim.quiet_until = self.sim.now + 0.7
-
-        def cut() -> None:
-            self.sim.network.cut = lambda a, b: {a, b} == pair
-
-        def strike() -> None:
-            if again.running:
-                again.crash()
-                self.sim.at(self.sim.now + 0.02, lambda: self.restart(again))
-
-        self.sim.at(self.sim.now + 0.1, cut)
-        self.sim.at(self.sim.now + 0.1 + CONFIG.lease_s + self.random.uniform(0.0, 0.1), strike)
-
-    def heal(self, host: Host) -> None:
-        self.sim.network.cut = None
-        self.sim.network.loss, self.sim.network.slow = 0.0, 1.0
-
-    def weather(self, host: Host) -> None:
-        self.sim.network.loss = self.random.choice([0.0, 0.05, 0.3])
-        self.sim.network.slow = self.random.choice([1.0, 1.0, 10.0, 60.0])
-
-    def fill_disk(self, host: Host) -> None:
-        host.full = True
-
-        def clear() -> None:
-            host.full = False
-
-        self.sim.at(self.sim.now + self.random.uniform(0.5, 4.0), clear)
-
-    def slow_disk(self, host: Host) -> None:
-        host.fsync_slow = self.random.choice([1.0, 1.0, 10.0, 40.0])
-
-    def skew(self, host: Host) -> None:
-        now = host.clock
-        host.clock_rate = self.random.uniform(0.98, 1.02)
-        host.clock_offset = now - self.sim.now * host.clock_rate
-
-    def hand_over(self, host: Host) -> None:
-        """A planned one: writes stop, the successor becomes level, and stands."""
-        if not host.running or not host.leads or self.sim.now < host.paused_until:
-            return
-        level = [n for n, at in host.positions.items() if at == len(host.log) == host.synced]
-        fit = [n for n in level if not self.sim.hosts[n].disk.rebuilding]
-        if fit:
-            host.election.resign()
-            host._do(host.election.hand_over(self.random.choice(fit), host.clock))
-
-
-# How often trouble follows a moment at which something was promised.
-DANGER = {"acknowledged": 0.01, "streamed": 0.005, "promised": 0.2, "opened": 0.2, "side-file-gone": 0.3}
-# With how often each is chosen among all.
-TROUBLES = {
-    "crash": 3,
-    "lose_disk": 1,
-    "pause": 1,
-    "isolate": 2,
-    "cut_link": 2,
-    "ambush": 1,
-    "forget_lease": 2,
-    "heal": 2,
-    "weather": 1,
-    "fill_disk": 1,
-    "skew": 1,
-    "slow_disk": 2,
-    "hand_over": 1,
-}
-
-
-def run(seed: int, *, seconds: float = 60.0, count: int = 3, bugs: frozenset[str] = frozenset()) -> Result:
-    """A shard under trouble for so long, then healed, quiet, and judged."""
-    sim = Sim(seed, count, bugs)
+def run(
+    seed: int,
+    *,
+    seconds: float = 60.0,
+    count: int = 5,
+    replicas: int = 3,
+    moves: bool = True,
+    bugs: frozenset[str] = frozenset(),
+) -> Result:
+    """A shard of so many replicas on `count` hosts under trouble for so long, then healed, quiet, and judged. With a planted
+    mistake the first broken law ends it."""
+    sim = Sim(seed, count, replicas, bugs)
     history: list[Operation] = []
-    destroyed: set[int] = set()
     clients = [Client(sim, history, number) for number in range(CLIENTS)]
-    nemesis = Nemesis(sim)
-    tokens = {host.disk.token for host in sim.hosts.values()}
-    end = seconds
-    while sim.now < end:
-        sim.run(sim.now + 0.25)
-        tokens |= {host.disk.token for host in sim.hosts.values()}
+    nemesis = Nemesis(sim, moves=moves)
+    while sim.now < seconds:
+        sim.run(sim.now + 1.0)
+        if bugs and sim.laws.violations:
+            return _judge(sim, history, 0)
     nemesis.stopped = True
+    sim.run(sim.now + 1.0)  # what it has begun comes to an end
     nemesis.heal(sim.hosts[sim.names[0]])
     for host in sim.hosts.values():
         host.full, host.fsync_slow = False, 1.0
         if not host.running:
             host.start()
-    sim.run(sim.now + 8)
+        # Whom the last layout was told may have crashed before it told anybody.
+        host.mover.wish = sim.wish
+    sim.run(sim.now + 12)
     for client in clients:
         client.stopped, client.pending = True, None
-    sides = sum(len(host.disk.sides) for host in sim.hosts.values())
+    sides = sum(len(host.disk.files.sides) for host in sim.holding if host.disk.files is not None)
     sim.run(sim.now + 8)
-    destroyed = tokens - {host.disk.token for host in sim.hosts.values()}
-    return _judge(sim, history, destroyed, sides)
+    return _judge(sim, history, sides)
 
 
-def _judge(sim: Sim, history: list[Operation], destroyed: set[int], sides: int) -> Result:
-    wrong = list(sim.violations)
-    hosts = list(sim.hosts.values())
-    leaders = [host for host in hosts if host.leads and host.election.may_acknowledge(host.clock)]
+def _judge(sim: Sim, history: list[Operation], sides: int) -> Result:
+    laws = sim.laws
+    wrong = list(laws.violations)
+    leaders = [host for host in sim.leading if host.replica is not None and host.replica.may_acknowledge()]
     if len(leaders) != 1:
         wrong.append(f"liveness: {len(leaders)} primaries at the end")
-    logs = {tuple((r.epoch, r.sequence, r.version) for r in host.log) for host in hosts}
+    acknowledged = [one for one in history if one.version is not None]
+    last = sorted(laws.placements.items())
+    changes = sum(one.voters != before.voters for (_, before), (_, one) in itertools.pairwise(last))
+    voters = last[-1][1].voters if last else ()
+    outlived = sum(one.ack == "quorum" and not set(one.voters) <= set(voters) for one in acknowledged)
+    if leaders:
+        wrong += _converged(sim, leaders[0]) + _lost(sim, leaders[0], acknowledged)
+    return Result(
+        wrong,
+        len(acknowledged),
+        len(laws.opened),
+        changes,
+        laws.dismissed,
+        outlived,
+        sides,
+        len(laws.aside),
+        sim.points,
+    )
+
+
+def _converged(sim: Sim, leader: Host) -> list[str]:
+    """The placement is as wished, who is named holds the same, and nobody else holds anything."""
+    wrong = []
+    assert leader.replica is not None
+    placement = leader.replica.placement
+    if set(placement.names) != set(sim.wish[1]) or placement.learners:
+        wrong.append(f"liveness: {placement} is not as wished, {sim.wish[1]}")
+    if {host.name for host in sim.holding} != set(placement.holders):
+        wrong.append(f"liveness: {[host.name for host in sim.holding]} hold it, not {placement.holders}")
+    replicas = [host.replica for host in sim.holding if host.replica is not None]
+    if any(one.placement != placement for one in replicas):
+        wrong.append("convergence: the placements differ")
+    if any(not one.placement.is_voter(*one.who) for one in replicas):
+        wrong.append("liveness: a rebuilt replica was never admitted")
+    logs = {tuple((r.epoch, r.sequence, r.version) for r in one.store.log) for one in replicas}
     if len(logs) > 1:
         wrong.append("convergence: the logs differ")
-    if len({tuple(sorted(host.table.items())) for host in hosts}) > 1:
+    if len({tuple(sorted(one.store.table.items())) for one in replicas}) > 1:
         wrong.append("convergence: the tables differ")
-    if any(host.disk.sides for host in hosts):
+    if any(one.files.sides for one in replicas):
         wrong.append("liveness: a tail was never taken back")
-    if any(host.disk.rebuilding for host in hosts):
-        wrong.append("liveness: a rebuilt replica was never admitted")
-    # The model never drops old records, so the log of everybody holds all that ever was settled.
-    newest: dict[str, Any] = {}
-    for rec in hosts[0].log:
+    return wrong
+
+
+def _lost(sim: Sim, leader: Host, acknowledged: list[Operation]) -> list[str]:
+    """What the whole log says (the replicas forget of it, the model does not) against the table and the clients' memory."""
+    wrong = []
+    assert leader.replica is not None
+    log, table, laws = leader.replica.store.log, leader.replica.store.table, sim.laws
+    newest: dict[str, Rec] = {}
+    for rec in log:
         if rec.op in ("put", "delete") and (rec.key not in newest or rec.version > newest[rec.key].version):
             newest[rec.key] = rec
     for key in KEYS:
-        row, rec = hosts[0].table.get(key), newest.get(key)
+        row, last = table.get(key), newest.get(key)
         shown = None if row is None else row.value
-        if shown != (rec.value if rec is not None and rec.op == "put" else None):
+        if shown != (last.value if last is not None and last.op == "put" else None):
             kind = "deletes-stay" if shown is not None else "lost"
-            wrong.append(f"{kind}: the log says {rec}, the table says {row}")
-    aside = {rec.write_id for host in hosts for rec in host.disk.quarantine}
-    acknowledged = [one for one in history if one.version is not None]
-    there = {(rec.write_id, rec.version) for rec in hosts[0].log} | sim.superseded
+            wrong.append(f"{kind}: the log says {last}, the table says {row}")
+    there = {(rec.write_id, rec.version) for rec in log} | laws.superseded
     for one in acknowledged:
-        if one.write_id in aside or (one.ack == "primary" and one.disk in destroyed):
+        if one.write_id in laws.aside or (one.ack == "primary" and one.disk in laws.destroyed):
             continue
         if (one.write_id, one.version) not in there:
             wrong.append(f"lost: {one.op} {one.key} {tuple(one.version or ())} acknowledged as {one.ack}")
-    return Result(wrong, len(acknowledged), len(sim.opened), sides, len(aside), sim.points)
+    return wrong
