@@ -1,7 +1,7 @@
 """`gmco`: what an operator types. People get tables, programs get `--output json`, both get exit codes.
 
 0 done · 1 our own fault · 2 wrong usage or request · 3 no node reachable · 4 refused by the cluster · 5 a row that cannot
-be loaded · 6 no such record · 7 not answered in time · 130 Ctrl-C
+be loaded · 6 no such record · 7 not answered in time · 8 replicas could not be compared · 130 Ctrl-C
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`make demo`: three nodes and 17,472 films on this machine; one node is killed while queries run.
+"""`make demo`: three nodes and 17,472 films on this machine; one node is killed while queries and writes run.
 
 With `once` every claim is checked, and the exit code is the verdict.
 """

@@ -1,4 +1,4 @@
-"""`gmco shards`, `gmco failover`, `gmco repair`: who holds and leads which shard, another leader, replicas compared."""
+"""`gmco shards`, `gmco failover`, `gmco repair`: who holds and leads which shard, another primary, replicas compared."""
 
 from __future__ import annotations
 
@@ -53,24 +53,24 @@ def shards_table(replicas: list[dict[str, Any]]) -> Table:
             name, justify="right" if name in ("shard", "epoch", "log", "items", "users") else "left"
         )
     for shard, rows in sorted(by_shard.items()):
-        leader = next((row for row in rows if row["role"] == "primary"), None)
-        newest = leader or max(rows, key=lambda row: (row["epoch"], row["sequence"]))
+        primary = next((row for row in rows if row["role"] == "primary"), None)
+        newest = primary or max(rows, key=lambda row: (row["epoch"], row["sequence"]))
         others = Text()
         for row in rows:
-            if row is not leader:
+            if row is not primary:
                 others.append(", " if others else "")
                 level = row["state"] == "following" and not row["lag"]
                 others.append(row["node"], style="green" if level else "yellow")
                 others.append("" if level else f" ({_why(row)})")
         table.add_row(
             str(shard),
-            Text(leader["node"]) if leader else Text("nobody", style="red"),
+            Text(primary["node"]) if primary else Text("nobody", style="red"),
             str(newest["epoch"]),
             str(newest["sequence"]),
             str(newest["items"]),
             str(newest["users"]),
             others,
-            leader.get("repair", "") if leader else "",
+            primary.get("repair", "") if primary else "",
         )
     return table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 import structlog
 import trio
 
-from node import facts
+from node import checked, facts
 from node.failover import Failover
 from node.members import Members
 from storage.errors import FormatError, StorageError
@@ -37,7 +36,7 @@ def load(path: Path) -> Order:
     except FileNotFoundError:
         return ""
     try:
-        fields = json.loads(data)
+        fields = checked.decode(data)
         if fields["format"] != FORMAT:
             raise FormatError(f"{path} has format {fields['format']}, this build knows {FORMAT}")
         order = ORDERS[ORDERS.index(fields["order"])]
@@ -88,7 +87,7 @@ class Duty:
         async with self._lock:
             if order == self.order:
                 return
-            data = json.dumps({"format": FORMAT, "order": order}).encode() + b"\n"
+            data = checked.encode({"format": FORMAT, "order": order})
             await trio.to_thread.run_sync(write_atomically, self._path, data)
             self.order = order
             log.warning("duty", order=order or "as ever")

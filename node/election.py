@@ -198,12 +198,12 @@ class Election:
         if self.name not in self.voters:
             return math.inf
         if self.role is Role.PRIMARY:
-            return max(self._lease_ends(), self._leads_since) + 2 * self._config.lease_s
+            return max(self._lease_until, self._leads_since) + 2 * self._config.lease_s
         return self._stand_at
 
     def may_acknowledge(self, now: float) -> bool:
         """Whether the lease holds; asked after the fdatasync of what is to be acknowledged."""
-        return self.role is Role.PRIMARY and not self._resigned and now < self._lease_ends()
+        return self.role is Role.PRIMARY and not self._resigned and now < self._lease_until
 
     def takes(self, epoch: int) -> bool:
         """Whether a stream of `epoch` may be followed."""
@@ -225,9 +225,6 @@ class Election:
         self.voters, self._founding = tuple(voters), founding
         self._measure_lease()
 
-    def _lease_ends(self) -> float:
-        return self._lease_until
-
     def _measure_lease(self) -> None:
         """By our own clock: a majority's newest echo, our own being now."""
         if self.name not in self.voters:
@@ -236,9 +233,6 @@ class Election:
         needed = len(self.voters) // 2
         if not needed:
             self._lease_until = math.inf
-            return
-        if not self.voters:
-            self._lease_until = -math.inf  # no placement names anybody yet, as far as we know
             return
         others = sorted((self._echoed.get(v, -math.inf) for v in self.voters if v != self.name), reverse=True)
         self._lease_until = others[needed - 1] + self._config.lease_use * self._config.lease_s
@@ -262,10 +256,6 @@ class Election:
         if self.role is Role.PRIMARY:
             return self._step_down("no majority of the voters has answered for too long", now)
         return self._stand(now, released=0)
-
-    def on_host_down(self, now: float) -> None:
-        """Gossip says that the primary's host is dead: stand as soon as its lease is over."""
-        self._stand_at = min(self._stand_at, max(now, self._bound_until) + self._patience())
 
     # -- standing ---------------------------------------------------------------------------------------------------
 
@@ -378,7 +368,7 @@ class Election:
         if stand.last < self._last():
             return Refuse(stand.epoch, promised, "log")
         if self.may_acknowledge(now):
-            return Refuse(stand.epoch, promised, "lease", self._lease_ends() - now)
+            return Refuse(stand.epoch, promised, "lease", self._lease_until - now)
         given_up = 0 < self._bound_epoch <= stand.released
         if now < self._bound_until and not given_up:
             return Refuse(stand.epoch, promised, "lease", self._bound_until - now)

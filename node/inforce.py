@@ -1,7 +1,6 @@
-"""The placements in force: who holds each shard now, whatever the layout wishes.
+"""The placements of version 1: who founds each shard, and who is believed to hold one of which nobody has told yet.
 
-Nothing is moved yet, so they are those of the first layout that this cluster went by, kept in `data/placements`; a node that
-comes later asks the others. What changes a placement in force calls `put`.
+In `data/placements`; a node that comes later asks the others. What is in force stands in each shard's log (node/placement.py).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class DamagedPlacementsError(StorageError):
 
 
 class InForce(Mapping[int, Placement]):
-    """Placements by shard, of all shards of the cluster."""
+    """First placements by shard, of all shards of the cluster."""
 
     def __init__(self, placements: Mapping[int, Placement]) -> None:
         self._placements = dict(placements)
@@ -49,11 +48,6 @@ class InForce(Mapping[int, Placement]):
 
     def __len__(self) -> int:
         return len(self._placements)
-
-    def put(self, placement: Placement) -> None:
-        """That placement is in force from now on, unless one of a later epoch is known."""
-        if placement.epoch >= self._placements[placement.shard].epoch:
-            self._placements[placement.shard] = placement
 
     def pack(self) -> list[Any]:
         """For peers: [shard, epoch, voters] each."""

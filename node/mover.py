@@ -36,7 +36,8 @@ log = structlog.get_logger(__name__)
 EVERY_S = 0.5
 # While a shard that we lead is on its way.
 MOVING_EVERY_S = 0.1
-CALL_S = 30.0
+# The shards wait for each other here, and what was asked may be asked again.
+CALL_S = 10.0
 AGAIN_S = 1.0
 # Replicas that may come to a node at the same time, and go from it.
 IN_MAX = 2
@@ -81,6 +82,7 @@ class Mover:
                     self._brought.pop(actor.shard, None)
                     self.stages.pop(actor.shard, None)
                     self._fit.see(actor.shard, False, 0.0)
+                    self._placed.pop(actor.shard, None)
                     continue
                 self._tell_points(actor)
                 if trio.current_time() < self._again_at.get(actor.shard, 0.0):
@@ -152,7 +154,7 @@ class Mover:
     def _holds(self, shard: int, name: str) -> bool:
         """False only when it says what it holds, and that shard is not in it."""
         known = self._members.get(name)
-        return known is None or not known.tells_shards or any(one.shard == shard for one in known.held)
+        return known is None or not known.tells_shards or name in self._members.holders(shard)
 
     def _others(self, actor: ShardActor) -> int:
         """Replicas of the other shards that we lead on their way: they take what they lack from us."""
@@ -224,20 +226,21 @@ class Mover:
 
     async def _dismiss(self, actor: ShardActor) -> None:
         """Who holds this shard and is in no placement any more may remove it, once that placement is on a quorum."""
-        if not actor.settled:
+        reign = actor.reign
+        if reign is None or not actor.settled:
             return
         layout = self._layout()
         kept = set(actor.placement.holders) | set(self._brought.get(actor.shard, ()))
         if layout is not None and actor.shard < layout.shard_count:
             # It is to come back, once it has lasted.
             kept |= set(layout.wished()[actor.shard])
-        for known in self._members.others():
-            if known.alive and known.name not in kept and any(one.shard == actor.shard for one in known.held):
-                link = await self._links.add(known.name)
-                assert actor.reign is not None
-                if await link.call("dismiss", [actor.shard, actor.reign.epoch], CALL_S):
+        for name in self._members.holders(actor.shard):
+            if name != self._members.own.name and name not in kept:
+                link = await self._links.add(name)
+                # The epoch that was settled, whatever has become of it while we waited.
+                if await link.call("dismiss", [actor.shard, reign.epoch], CALL_S):
                     self.counters["dismissed"] += 1
-                    self._say(actor.shard, f"{known.name} has removed its replica")
+                    self._say(actor.shard, f"{name} has removed its replica")
 
     # -- what other primaries ask of us ---------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What operators ask of a node: its status, the cluster's events, a member forgotten, keys changed. Served from the start."""
+"""What operators ask of a node: status, events, keys, the layout; and once it has its shards, moves, failovers, repairs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 
 class Operations:
-    """Answers what does not need shards, so that a node that waits can be asked what for."""
+    """Answers operators. What needs no shards is answered from the start, so that a node that waits can be asked what for."""
 
     def __init__(self, parts: Parts, history: History, keyrings: Keyrings, layouts: Layouts) -> None:
         self._parts, self._history, self._keyrings, self._layouts = parts, history, keyrings, layouts

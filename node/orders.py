@@ -3,6 +3,7 @@ do the rest (docs/layout.md, *Orders*)."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
@@ -91,7 +92,13 @@ class Orders:
         # Refused before anybody is told anything.
         await self._layouts.checked(make)
         await self._pace(request.target, request.shard, request.bytes_per_s)
-        return self._done(request.shard, await self._layouts.apply(make, timeout_s))
+        try:
+            layout = await self._layouts.apply(make, timeout_s)
+        except RequestError as error:
+            if error.code != "outcome_unknown":
+                await self._pace(request.target, request.shard, None)
+            raise
+        return self._done(request.shard, layout)
 
     async def _cancel(self, shard: int, timeout_s: float) -> dict[str, Any]:
         rows = [row for row in (await self._rows())["replicas"] if row["shard"] == shard]
@@ -147,13 +154,15 @@ class Orders:
             return told
         away = self._members.get(node)
         handed: dict[str, Any] = {"handed_over": [], "kept": []}
-        if away is not None and away.alive:
-            handed = await self._tell(node, "duty", ["draining", int(500 * timeout_s)], timeout_s)
         try:
+            if away is not None and away.alive:
+                handed = await self._tell(node, "duty", ["draining", int(500 * timeout_s)], timeout_s)
             layout = await self._layouts.apply(lambda base: plan(base, [leave], {}).layout, timeout_s)
         except RequestError as error:
             if away is not None and away.alive and error.code != "outcome_unknown":
-                await self._tell(node, "duty", ["", 0], CALL_S)
+                # Also when only its answer was lost; what failed first is what is told.
+                with contextlib.suppress(RequestError):
+                    await self._tell(node, "duty", ["", 0], CALL_S)
             raise
         return {**told, **handed, "layout": {"version": layout.version, "hash": layout.hash}}
 

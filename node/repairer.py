@@ -138,25 +138,21 @@ class Repairer:
         """Compares, repairs and compares again, until all are equal, nothing helps, or the time is over."""
         deadline = trio.current_time() + timeout_s
         report = Report(actor.shard, self._name)
-        async with self._lock:
-            try:
-                with trio.move_on_at(deadline) as scope:
+        try:
+            with trio.move_on_at(deadline) as scope:
+                async with self._lock:
                     await self._rounds(actor, report)
-                if scope.cancelled_caught:
-                    report.problem = "out of time; what was repaired stays, ask again"
-            except DamagedError as error:
-                actor.harm(error)
-                report.problem = f"failed: {error}"
-            except (
-                PeerError,
-                NodeError,
-                StorageError,
-                OverloadedError,
-                KeyError,
-                TypeError,
-                ValueError,
-            ) as error:
-                report.problem = f"failed: {error}"
+            if scope.cancelled_caught:
+                report.problem = "out of time; what was repaired stays, ask again"
+        except DamagedError as error:
+            actor.harm(error)
+            report.problem = f"failed: {error}"
+        except (PeerError, NodeError, StorageError, OverloadedError) as error:
+            report.problem = f"failed: {error}"
+        except (KeyError, TypeError, ValueError) as error:
+            # What a peer answered, or a mistake of ours: the log tells which.
+            log.exception("repair failed", shard=actor.shard)
+            report.problem = f"failed: {error!r}"
         self._note(report)
         return report
 

@@ -299,6 +299,9 @@ class Replicator:
                 self._snapshot_failures = 0
             except DamagedError as error:
                 damaged = error
+            except ReplicaStoppedError as error:
+                # As in `run`: never again into the dark.
+                damaged = DamagedError(f"shard-{self._actor.shard:03}", None, str(error))
             except (PeerError, SnapshotError, StorageError) as error:
                 code = getattr(error, "code", "unreachable")
                 self._say(f"no snapshot: {code}", str(error))

@@ -1,4 +1,4 @@
-"""The cluster as the coordinator sees it: placements from the layout, everything else from gossip and links."""
+"""The cluster as the coordinator sees it: who holds and leads each shard as nodes tell it; until then, the first placements."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class GossipCluster:
     def primary(self, shard: int) -> str:
         actor = self._shards.get(shard)
         known = actor.primary if actor is not None else ""
-        # Of our own replica's voters we hear directly; before any of that, by the layout.
+        # Of our own replica's voters we hear directly; before any of that, by the first placements.
         return known or self._members.primary(shard) or self._placements[shard].primary
 
     def alive(self, name: str) -> bool:

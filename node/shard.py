@@ -240,9 +240,8 @@ class ShardActor:
                     self, self.election.give_up("its log is not what it stood with", trio.current_time())
                 )
                 return False
-            self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
             idle_s = self.idle_s()
-            batch = Batch(epoch, self.replica.position.sequence, self._newest_ns)
+            batch = Batch(epoch, self.replica.position.sequence, self._stamp_ns())
             batch.add_mark(Mark.EPOCH, new.pack())
             try:
                 await self._append(batch, 0)
@@ -408,7 +407,7 @@ class ShardActor:
                 return None
             if not self.election.may_acknowledge(trio.current_time()):
                 return None
-            batch = Batch(reign.epoch, self.replica.position.sequence, max(self._now_ns(), self._newest_ns))
+            batch = Batch(reign.epoch, self.replica.position.sequence, self._stamp_ns())
             place = batch.add_mark(mark, metadata)
             await self._append(batch, 0)
             self._apply(batch.records)
@@ -439,9 +438,7 @@ class ShardActor:
             if not self.election.may_acknowledge(trio.current_time()):
                 # Handing over, say: what is begun now would be a tail that the successor does not have.
                 return [self._no_lease() for _ in items]
-            # Never back: the age of write_ids is counted by these, and a clock that is corrected must not age them all.
-            self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
-            made = batching.make(self.replica, items, self.reign.epoch, self._newest_ns)
+            made = batching.make(self.replica, items, self.reign.epoch, self._stamp_ns())
             self.counters["deduplicated"] += made.deduplicated
             if made.batch.blobs:
                 try:
@@ -466,14 +463,19 @@ class ShardActor:
             self.counters["writes"] += len(items)
             return made.results
 
+    def _stamp_ns(self) -> int:
+        """Now, and never back: the age of write_ids is counted by these, and a clock that is corrected must not age them all."""
+        self._newest_ns = max(self._now_ns(), self._newest_ns, self.replica.newest_ns)
+        return self._newest_ns
+
     async def _append(self, batch: Batch, rows: int) -> None:
-        """Raises StorageError; then the log's end is what it was, or, when nobody knows, what it may be."""
+        """Raises StorageError; then the log's end is what it was, or, when nobody knows, what it may be. Cancelled: not begun."""
         before, self._end = self._end, Version(batch.records[-1].epoch, batch.sequence)
         try:
             await self._log_runner(self.replica.append, batch.blobs, rows)
         except ReplicaStoppedError:
             raise
-        except StorageError:
+        except (StorageError, trio.Cancelled):
             self._end = before
             raise
 

@@ -92,7 +92,9 @@ class Snapshots:
             raise NodeError("no_primary", f"shard {shard} is not led by this node")
         for one in [one for one in self._open.values() if (one.peer, one.replica.shard) == (peer, shard)]:
             await self._drop(one)
-        if self._begun + len(self._open) >= AT_ONCE:
+        # One that is still being made is in both.
+        made = sum(bool(one.files) for one in self._open.values())
+        if self._begun + made >= AT_ONCE:
             raise NodeError("overloaded", f"{AT_ONCE} snapshots are being read from this node", RETRY_MS)
         self._begun += 1
         try:
@@ -114,8 +116,12 @@ class Snapshots:
         try:
             _check_reach(pinned.state.position, wanted)
             checks = await self._making(_checksums, directory, pinned.files)
-        except BaseException:
+        except BaseException as error:
+            gone = id_ not in self._open
             await self._drop(one)
+            if gone and isinstance(error, DamagedError):
+                # Its files went because they were asked for anew, not because they are harmed.
+                raise NodeError("snapshot_gone", "this snapshot was asked for again meanwhile") from error
             raise
         one.files = {name: (size, checks[name]) for name, size in pinned.files.items()}
         one.reading, one.touched = 0, trio.current_time()

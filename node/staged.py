@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from node import checked
 from router.planning import Change
 from storage.errors import FormatError, StorageError
 from storage.files import write_atomically
@@ -27,7 +27,7 @@ def load(path: Path) -> list[Change]:
     except FileNotFoundError:
         return []
     try:
-        fields = json.loads(data)
+        fields = checked.decode(data)
         if fields["format"] != FORMAT:
             raise FormatError(f"{path} has format {fields['format']}, this build knows {FORMAT}")
         return [
@@ -41,4 +41,4 @@ def load(path: Path) -> list[Change]:
 def save(path: Path, changes: Sequence[Change]) -> None:
     """Durable when it returns. Raises OSError."""
     listed = [[change.action, change.node, change.values] for change in changes]
-    write_atomically(path, json.dumps({"format": FORMAT, "changes": listed}, indent=1).encode() + b"\n")
+    write_atomically(path, checked.encode({"format": FORMAT, "changes": listed}))

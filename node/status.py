@@ -219,6 +219,7 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "search": parts.lane.statistics() if parts.lane else {},
         "router": parts.coordinator.statistics() if parts.coordinator else {},
         "elections": dict(parts.failover.counters) if parts.failover else {},
+        "moves": dict(parts.mover.counters) if parts.mover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},
         "snapshots": _snapshots(parts),
         "repair": dict(parts.repairer.counters) if parts.repairer else {},

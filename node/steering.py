@@ -28,7 +28,7 @@ FORCED_ABOVE = 1_000
 
 
 class Steering:
-    """Answers `failover` for the whole cluster; peers ask each other by the op of the same name."""
+    """Answers `shards`, `failover` and `repair` for the whole cluster; peers ask each other by the op of the same name."""
 
     def __init__(
         self,
@@ -66,12 +66,13 @@ class Steering:
         except (RemoteError, NodeError) as error:
             raise RequestError(known(error.code), error.message) from error
         except PeerError as error:
-            raise RequestError("unavailable", f"{node} cannot be reached: {error}", "to") from error
+            raise RequestError("unavailable", f"{node} cannot be reached: {error}") from error
         return found
 
     async def _leader(self, shard: int) -> str:
         """Who leads it now."""
-        for name in self._alive():
+        likely = self._members.primary(shard)
+        for name in sorted(self._alive(), key=lambda one: one != likely):
             ends = await self._end_of(name, shard)
             if ends is not None and ends["leads"]:
                 return name

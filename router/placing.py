@@ -43,7 +43,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Who holds one shard in one epoch: voters in the order in which they are preferred as primary."""
+    """Who should hold one shard: voters in the order in which they are preferred as primary. Who leads, elections decide."""
 
     shard: int
     epoch: int

@@ -263,7 +263,7 @@ def limits(layout: Layout) -> Iterable[Limit]:
     if copies == 2:
         yield Limit(
             "failover",
-            "two hosts without a witness cannot fail over: when one of them is down, its shards are read-only until it is back",
+            "two replicas cannot fail over: when the host of one is down, its shards are read-only until it is back",
         )
     yield from _spread_limits(layout, copies)
     made = _wanted(layout)

@@ -19,7 +19,6 @@ HEADER_BYTES = 4 + TAIL_BYTES
 # In memory's layers: the table's entry is to go.
 GONE = b""
 NO_ROW = 0xFFFFFFFF
-ROWS_MAX = NO_ROW - 1
 VERSION = struct.Struct("<QQ")
 VERSION_OFFSET = 8
 OPERATION_OFFSET = 34

@@ -10,10 +10,11 @@ from typing import Literal
 import pytest
 
 import gmco
-from tests.processes.cluster import cluster, free_ports, member, put_down
+from tests.processes.cluster import Daemon, cluster, free_ports, member, put_down
 from tests.processes.ledger import DIM, TIMEOUT_S, Writer, replicas_differ
 
 SETTLE_S = 60.0
+STORAGE = f"dim = {DIM}"
 
 
 def wait_moved(client: gmco.BlockingClient, names: set[str], copies: int) -> None:
@@ -39,22 +40,26 @@ def change(client: gmco.BlockingClient, action: Literal["join", "leave"], *names
     client.cluster("commit", {"hash": client.cluster("plan")["hash"]})
 
 
+def joiners(folder: Path, seed: Daemon, count: int, shard_count: int) -> list[Daemon]:
+    """Nodes that know one of the cluster, not started."""
+    ports = free_ports(2 * count)
+    return [
+        member(
+            folder,
+            f"node-{4 + i}",
+            ports[2 * i : 2 * i + 2],
+            [seed.peer_port],
+            bootstrap=0,
+            storage=STORAGE,
+            shard_count=shard_count,
+        )
+        for i in range(count)
+    ]
+
+
 def test_a_cluster_grows_and_shrinks_under_load(tmp_path: Path) -> None:
-    storage = f"dim = {DIM}"
-    with cluster(tmp_path, 3, storage=storage, shard_count=6) as daemons:
-        ports = free_ports(4)
-        more = [
-            member(
-                tmp_path,
-                f"node-{4 + i}",
-                ports[2 * i : 2 * i + 2],
-                [daemons[0].peer_port],
-                bootstrap=0,
-                storage=storage,
-                shard_count=6,
-            )
-            for i in range(2)
-        ]
+    with cluster(tmp_path, 3, storage=STORAGE, shard_count=6) as daemons:
+        more = joiners(tmp_path, daemons[0], 2, 6)
         stop = threading.Event()
         urls = [daemon.url for daemon in daemons]
         writers = [Writer(urls, number, stop, ["primary", "quorum"]) for number in range(1, 4)]
@@ -89,21 +94,8 @@ def test_a_cluster_grows_and_shrinks_under_load(tmp_path: Path) -> None:
 
 
 def test_the_first_nodes_of_a_shard_that_has_moved_away_do_not_found_it_again(tmp_path: Path) -> None:
-    storage = f"dim = {DIM}"
-    with cluster(tmp_path, 3, storage=storage, shard_count=2) as daemons:
-        ports = free_ports(6)
-        more = [
-            member(
-                tmp_path,
-                f"node-{4 + i}",
-                ports[2 * i : 2 * i + 2],
-                [daemons[0].peer_port],
-                bootstrap=0,
-                storage=storage,
-                shard_count=2,
-            )
-            for i in range(3)
-        ]
+    with cluster(tmp_path, 3, storage=STORAGE, shard_count=2) as daemons:
+        more = joiners(tmp_path, daemons[0], 3, 2)
         try:
             for daemon in more:
                 daemon.start()

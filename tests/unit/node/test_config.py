@@ -132,7 +132,7 @@ def test_example_shows_the_defaults() -> None:
         line[1:] if line.startswith("#") and " = " in line else line for line in text.splitlines()
     )
     assert parse(shown) == plain
-    for section in ("listen", "cluster", "gossip", "storage", "limits", "log"):
+    for section in ("listen", "cluster", "gossip", "storage", "limits", "repair", "log"):
         keys = set(tomllib.loads(shown)[section])
         assert keys == {one.name for one in dataclasses.fields(getattr(plain, section))}
 

@@ -58,13 +58,19 @@ async def test_what_a_wrong_replica_says_counts_for_nothing(tmp_path: Path) -> N
         assert [message[2:4] + message[5:6] for message in told if message[2] != "leads"] == [
             ["refuse", epoch, "learner"]
         ] * 2
-        # Nor do its promises open anything.
-        for site in ("would", "promise"):
-            actor.act(actor, election.renew(trio.current_time()))
-            failover.on_peer("b", [[0, wrong, site, 2]])
-            failover.on_peer("c", [[0, wrong, site, 2]])
+        # Nor do its answers open anything, where those of the replicas that are named do.
+        named = dict(actor.placement.voters)
+        actor.act(actor, election.renew(trio.current_time()))
+        for kind in ("would", "promise"):
+            for name in ("b", "c"):
+                failover.on_peer(name, [[0, wrong, kind, 2]])
             await trio.sleep(0.02)
-            assert not actor.leads
+            assert (election.promised, actor.leads) == ((1, False) if kind == "would" else (2, False))
+            for name in ("b", "c"):
+                failover.on_peer(name, [[0, named[name], kind, 2]])
+            with trio.fail_after(2):
+                while not (election.promised == 2 if kind == "would" else actor.leads):
+                    await trio.sleep(0.005)
 
 
 @on_trio

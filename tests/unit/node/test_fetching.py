@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 
+from node import snapshots as module
 from node.blocking import InlineRunner, ThreadRunner
 from node.election import Role
 from node.fetching import Fetcher, SnapshotError, Throttle, Transfer, fetch, opened
@@ -21,6 +23,7 @@ from node.remote import coded
 from node.replication import Progress
 from node.shard import Reign, ShardActor
 from node.snapshots import Snapshots
+from router.ports import NodeError
 from storage.batch import Batch
 from storage.config import StorageConfig
 from storage.errors import DamagedError, DiskFullError
@@ -232,6 +235,41 @@ async def test_two_at_a_time_one_for_each_asker_and_none_that_nobody_reads(tmp_p
                 await trio.sleep(0.05)
         assert not list((tmp_path / "b" / "snapshots").iterdir())
         assert not primary.replica.log_holds
+
+
+@on_trio
+async def test_one_that_is_asked_for_again_while_it_is_made_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files go from under whoever reads them for their checksums; that is no damage of the replica."""
+    begun, on = threading.Event(), threading.Event()
+    real = module._checksums
+
+    def slow(directory: Path, files: Mapping[str, int]) -> dict[str, str]:
+        if not begun.is_set():
+            begun.set()
+            on.wait(10)
+        return real(directory, files)
+
+    monkeypatch.setattr(module, "_checksums", slow)
+    codes: list[str] = []
+    async with pair(tmp_path) as (_, primary, snapshots, _):
+
+        async def first() -> None:
+            with pytest.raises(NodeError) as caught:
+                await snapshots.open("a", [0, (0, 0)])
+            codes.append(caught.value.code)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first)
+            with trio.fail_after(5):
+                while not begun.is_set():
+                    await trio.sleep(0.01)
+            again = await snapshots.open("a", [0, (0, 0)])
+            on.set()
+        assert codes == ["snapshot_gone"]
+        assert primary.harmed == ""
+        assert await snapshots.read("a", [again[0], "table/data.mdb", 0, 10])
 
 
 @on_trio
