@@ -214,7 +214,6 @@ def test_placements_in_force_are_kept_apart_from_the_wish(tmp_path: Path) -> Non
     again = inforce.load(path, cluster="c", shard_count=4)
     assert again is not None
     assert dict(again) == dict(known)
-    again.put(TWO.placements()[0])
     with pytest.raises(inforce.DamagedPlacementsError):
         inforce.load(path, cluster="c", shard_count=5)
     with pytest.raises(ForeignDataError):

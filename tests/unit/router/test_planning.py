@@ -88,7 +88,7 @@ def test_what_cannot_be_is_said_law_by_law() -> None:
     assert set(one) == {"replicas", "failover"}
     assert "there is 1: each shard has 1 replica" in one["replicas"]
     two = said([Member(name="a", zone="z1"), Member(name="b", zone="z2")], 2)
-    assert "two hosts without a witness cannot fail over" in two["failover"]
+    assert "two replicas cannot fail over" in two["failover"]
     same = said([Member(name=name, host="h") for name in "abc"], 3)
     assert "12 of 12 shards have two replicas in one zone" in same["zones"]
     assert "12 of 12 shards have two replicas on one host" in same["hosts"]
