@@ -100,8 +100,10 @@ class Sim:
         self.tries: list[Try] = []
         # version → the decided layout, as far as anybody has said so.
         self.decided: dict[int, Layout] = {}
-        # Told of moments at which a crash hurts most.
-        self.danger: Callable[[Host, str], None] = lambda host, point: None
+        # Told of moments at which a crash hurts most: of whom, after what was said, and to whom.
+        self.danger: Callable[[Host, str, str], None] = lambda host, point, to: None
+        # Whose messages are late: until when, and by how much.
+        self.late: dict[str, tuple[float, float]] = {}
         self.hosts = {name: Host(self, name) for name in NAMES}
         first = [Member(name=name, id=self.hosts[name].disk.id) for name in NAMES[:3]]
         self.first = Layout(
@@ -134,6 +136,9 @@ class Sim:
             delay = random.uniform(0.001, 0.01)
             if random.random() < 0.2:
                 delay *= random.choice((4.0, 10.0, 100.0))
+            until, by = self.late.get(source, (0.0, 0.0))
+            if until > self.now:
+                delay += random.uniform(0.7, 1.3) * by
             self.at(self.now + delay, lambda: do(host) if host.running else None)
 
     def note(self, layout: Layout) -> None:
@@ -232,16 +237,18 @@ class Host:
         self.slot, reply = answer(self.slot, self.name, self.disk.id, ask)
         if self.slot is not before and isinstance(ask, Learn):
             self.sim.note(ask.layout)
-        # Also an answer that changes nothing tells of a state that may still be on its way to the disk.
-        if self.slot is before and self._synced_at <= self.sim.now:
-            self._reply(source, reply)
-        else:
+        if self.slot is not before:
             self._sync(lambda: self._reply(source, reply))
+        elif self._synced_at > self.sim.now:
+            # Also an answer that changes nothing tells of a state that may still be on its way to the disk: it waits for that.
+            self._later(self._synced_at - self.sim.now + 1e-9, lambda: self._reply(source, reply))
+        else:
+            self._reply(source, reply)
 
     def _reply(self, to: str, reply: Reply) -> None:
         self.sim.send(self.name, to, lambda host: host.on_reply(self.name, reply))
         if isinstance(reply, Promise | Accepted | Learned):
-            self.sim.danger(self, type(reply).__name__)
+            self.sim.danger(self, type(reply).__name__, to)
 
     def _gossip(self) -> None:
         self._later(GOSSIP_S, self._gossip)
@@ -306,7 +313,7 @@ class Host:
                 self.proposer = None
                 return
         if effects and isinstance(effects[0], Tell):
-            self.sim.danger(self, type(effects[0].message).__name__)
+            self.sim.danger(self, type(effects[0].message).__name__, effects[0].to)
         if self.proposer is proposer:
             when = proposer.next_deadline
             self._later(
