@@ -280,6 +280,9 @@ class Replicator:
             self.behind = answer.primary_last - last.sequence
             if not await actor.follow(answer.epoch, blobs, batch):
                 return
+        # Our log is the primary's as far as it goes: what we named was found there.
+        replica = actor.replica
+        replica.settled = max(replica.settled, min(answer.settled, replica.position.sequence))
         self._state = "following"
         self.behind = max(0, answer.primary_last - actor.replica.position.sequence)
         self._old_ms = answer.lag_ms if self.behind else 0

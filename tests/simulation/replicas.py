@@ -51,7 +51,7 @@ class Replica:
         self.reign: Reign | None = None
         self.waits: list[Wait] = []
         self.flushing = False
-        # Our log up to here has been found in a later primary's, or is on a quorum: that much of it may be forgotten.
+        # Our log up to here is known to be on a quorum: that much of it may be forgotten.
         self.shared = 0
         # (who, replica id) as heard from; whom the first epoch will name.
         self._founding_ids: dict[str, int] = {}
@@ -144,6 +144,11 @@ class Replica:
             return False
         start = next(first for epoch, first in self.store.starts if epoch == reign.epoch)
         return reign.reached("quorum") >= start
+
+    def note_settled(self) -> int:
+        if self.reign is not None and self.settled:
+            self.shared = max(self.shared, self.reign.reached("quorum"))
+        return self.shared
 
     def may_acknowledge(self) -> bool:
         return self.election.may_acknowledge(self.host.clock)
@@ -390,8 +395,7 @@ class Replica:
 
     def _checkpoint(self) -> None:
         self.store.checkpoint()
-        if self.reign is not None:
-            self.shared = max(self.shared, self.reign.reached("quorum"))
+        self.note_settled()
         if self.sim.random.random() < 0.2:
             self.store.forget(self.shared, self.sim.random)
         self.later(CHECKPOINT_S, self._checkpoint)

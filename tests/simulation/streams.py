@@ -108,7 +108,8 @@ class Leading:
             batch = []  # see `ShardActor._has_news`
         if batch and batch[-1].sequence > len(replica.files.log):
             replica.laws.broken("durable-before-stream", f"{replica.name} sends what is not on its disk")
-        replica.send(target, "stream", replica.reign.epoch, replica.host.clock, after, batch)
+        settled = replica.note_settled()
+        replica.send(target, "stream", replica.reign.epoch, replica.host.clock, after, batch, settled)
         if batch:
             replica.point("streamed")
 
@@ -192,13 +193,17 @@ class Follower:
         if epoch < max(promised, replica.store.last.epoch):
             replica.laws.broken("promise-binds", f"{replica.name} takes {epoch}, bound to {promised}")
 
-    def on_stream(self, source: str, epoch: int, stamp: float, after: Version, batch: list[Rec]) -> None:
+    def on_stream(
+        self, source: str, epoch: int, stamp: float, after: Version, batch: list[Rec], settled: int
+    ) -> None:
         replica = self.replica
         if not self._heard(source, epoch, stamp):
             return
         if after != replica.store.last or replica.flushing:
             return  # an answer to an older question
-        replica.shared = after.sequence
+        replica.shared = max(replica.shared, min(settled, after.sequence))
+        if "unsettled-dropped" in replica.bugs:
+            replica.shared = after.sequence
         if not batch or replica.host.full:
             replica.later(0.2 if replica.host.full else 0.0, self.pull)
             self._offer(source)
@@ -215,6 +220,7 @@ class Follower:
             return
         self._check_bound(epoch)
         at = cut_at(told, store.starts, len(store.log)).sequence
+        replica.shared = min(replica.shared, at)
         if not store.cut(at, keep="tail-cut-without-reoffer" not in replica.bugs):
             self._fetch(source)
             return

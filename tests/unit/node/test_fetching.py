@@ -279,6 +279,7 @@ async def test_the_log_is_kept_from_where_an_open_snapshot_ends(tmp_path: Path) 
         held = told[2].sequence
         for at in range(10):
             put(primary.replica, 2, *range(at * 300, at * 300 + 300), seed=at)
+            primary.replica.settled = primary.replica.position.sequence
             primary.replica.checkpoint()
         assert primary.replica.fingerprint(held) is not None
         await snapshots.close("a", [told[0]])

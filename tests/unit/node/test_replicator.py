@@ -109,6 +109,22 @@ async def test_it_follows_and_its_disk_counts(tmp_path: Path) -> None:
 
 
 @on_trio
+async def test_both_know_what_is_on_a_quorum_and_so_which_of_their_log_may_go(tmp_path: Path) -> None:
+    async with replica_of("a", tmp_path / "a") as actor, primary_of(tmp_path / "b", actor) as primary:
+        primary.election.on_echo("a", trio.current_time() + 60.0)  # a lease without a follower
+        await write(primary, 3, 1.0)
+        assert primary.note_settled() == 0, "nobody has pulled"
+        async with following(primary, actor):
+            end = (await write(primary, 2, 2.0, "all")).sequence
+            await until(lambda: primary.note_settled() == end)
+            await until(lambda: actor.replica.settled == end)
+        await write(primary, 3, 3.0)
+        assert primary.note_settled() == actor.replica.settled == end, "what it alone has is not"
+        await primary.upkeep.checkpoint()
+        assert primary.replica.statistics()["unsettled"] == 3
+
+
+@on_trio
 @pytest.mark.parametrize("overtaken", [2, 5, 9])
 async def test_a_primary_with_another_history_is_never_followed(tmp_path: Path, overtaken: int) -> None:
     """Only a broken law brings it about: that epoch has been opened twice."""
