@@ -74,6 +74,10 @@ class Replicator:
         actor = self._actor
         if actor.leads:
             return "leading"  # also before the loop has noticed
+        if self._state in ("primary silent", "no primary") and actor.election.overruled:
+            return (
+                "no vote: a primary was forced elsewhere; it waits for that one, or for gmco failover --force"
+            )
         if self._state in ("primary silent", "no primary") and actor.disowned:
             # Nobody is to be waited for when it is the only one.
             return "no vote: its promises were lost; a primary lets it in again, or gmco failover --force"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from random import SystemRandom
 from typing import Any
 
 import structlog
 import trio
 
+from node.election import forced_above
 from node.failover import Failover
 from node.links import Links
 from node.members import Members
@@ -23,8 +25,6 @@ log = structlog.get_logger(__name__)
 TIMEOUT_S = 10.0
 Handler = Callable[[str, Any], Awaitable[dict[str, Any]]]
 CALL_S = 2.0
-# So far above every epoch that is known to anybody a forced one is, that those who come back follow it.
-FORCED_ABOVE = 1_000
 
 
 class Steering:
@@ -163,7 +163,9 @@ class Steering:
                 "refused",
                 f"{', '.join(ahead)} has more of shard {actor.shard} than {own}: force it --to there",
             )
-        epoch = max(end["promised"] for end in [mine, *ends.values()] if end is not None) + FORCED_ABOVE
+        epoch = forced_above(
+            max(end["promised"] for end in [mine, *ends.values()] if end is not None), SystemRandom()
+        )
         log.error("forced", shard=actor.shard, epoch=epoch, silent=silent)
         self._failover.force(actor, epoch)
         with trio.move_on_after(left_s):

@@ -8,6 +8,7 @@ docs/testing.md.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -179,7 +180,8 @@ class Host:
         self.life += 1
         self.running = True
         self.slot, self.counter = self.disk.slot, self.disk.counter
-        self._synced_at = self.sim.now
+        self._writes: deque[tuple[Slot, int, Callable[[], None]]] = deque()
+        self._written = self.slot, self.counter
         if "ballot-reused" in self.sim.bugs:
             self.counter = 0
         self.proposer = None
@@ -207,12 +209,19 @@ class Host:
         self.sim.at(self.sim.now + delay, run)
 
     def _sync(self, then: Callable[[], None]) -> None:
-        """Calls `then` when the state of now is on disk. Writes reach the disk in their order."""
-        slot, counter = self.slot, self.counter
-        took = self.sim.random.uniform(0.002, 0.01) * self.fsync_slow
-        self._synced_at = max(self._synced_at, self.sim.now) + took
+        """Calls `then` when the state of now is on disk. Writes reach the disk in their order, one after the other."""
+        self._writes.append((self.slot, self.counter, then))
+        if len(self._writes) == 1:
+            self._write()
+
+    def _write(self) -> None:
+        slot, counter, then = self._writes[0]
+        # What is there already costs nothing: an answer that changes nothing waits for those before it.
+        there = slot is self._written[0] and counter == self._written[1]
+        took = 0.0 if there else self.sim.random.uniform(0.002, 0.01) * self.fsync_slow
 
         def done() -> None:
+            self._written = slot, counter
             kept = slot
             if "acceptance-not-persisted" in self.sim.bugs:
                 kept = (
@@ -224,9 +233,14 @@ class Host:
                 promised = slot.accepted[0] if slot.accepted else NEVER
                 kept = replace(kept, promised=promised)
             self.disk.slot, self.disk.counter = kept, max(counter, self.disk.counter)
+            life = self.life
             then()
+            if self.life == life:
+                self._writes.popleft()
+                if self._writes:
+                    self._write()
 
-        self._later(self._synced_at - self.sim.now, done)
+        self._later(took, done)
 
     # -- acceptor -----------------------------------------------------------------------------------------------------
 
@@ -237,13 +251,8 @@ class Host:
         self.slot, reply = answer(self.slot, self.name, self.disk.id, ask)
         if self.slot is not before and isinstance(ask, Learn):
             self.sim.note(ask.layout)
-        if self.slot is not before:
-            self._sync(lambda: self._reply(source, reply))
-        elif self._synced_at > self.sim.now:
-            # Also an answer that changes nothing tells of a state that may still be on its way to the disk: it waits for that.
-            self._later(self._synced_at - self.sim.now + 1e-9, lambda: self._reply(source, reply))
-        else:
-            self._reply(source, reply)
+        # Also an answer that changes nothing tells of a state that may still be on its way to the disk.
+        self._sync(lambda: self._reply(source, reply))
 
     def _reply(self, to: str, reply: Reply) -> None:
         self.sim.send(self.name, to, lambda host: host.on_reply(self.name, reply))
