@@ -40,7 +40,6 @@ BUGS = (
     "dismissed-with-a-tail",
     "wiped-keeps-id",
     "leader-ignored",
-    "unsettled-dropped",
     "forced-low",
 )
 

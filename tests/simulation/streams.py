@@ -205,8 +205,6 @@ class Follower:
         if after != replica.store.last or replica.flushing:
             return  # an answer to an older question
         replica.shared = max(replica.shared, min(settled, after.sequence))
-        if "unsettled-dropped" in replica.bugs:
-            replica.shared = after.sequence
         if not batch or replica.host.full:
             replica.later(0.2 if replica.host.full else 0.0, self.pull)
             self._offer(source)

@@ -51,6 +51,7 @@ NOTICED = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_checker_notices_a_planted_mistake(bug: str) -> None:
+    """`on-disk-first`, `both-majorities`, `read-first`, `same-disk`: each mistake breaks one, and the chain with it."""
     # Beside the known seed its neighbours, so that a small change elsewhere does not ask for new numbers.
     first = NOTICED[bug]
     assert any(run(seed, frozenset([bug])).violations for seed in range(first, first + 20)), (

@@ -52,6 +52,7 @@ def elected(now: float = 10.0) -> Election:
 
 
 def test_a_promise_is_on_disk_before_it_is_told() -> None:
+    """`promise-on-disk`."""
     one = replica()
     effects = one.on_message("a", Stand(2, Version(1, 5)), 10.0)
     assert effects == [Persist(2)]
@@ -69,6 +70,7 @@ def test_a_candidate_promises_itself_before_it_stands() -> None:
 
 
 def test_nothing_is_promised_for_a_lease_after_the_start() -> None:
+    """`start-wait`."""
     one = replica(now=100.0)
     (answer,) = told(one.on_message("a", Stand(2, Version(9, 9)), 100.0 + L - 0.01))
     assert isinstance(answer, Refuse)
@@ -77,6 +79,7 @@ def test_nothing_is_promised_for_a_lease_after_the_start() -> None:
 
 
 def test_a_promise_binds_to_no_lower_epoch() -> None:
+    """`promise-binds`."""
     one = replica(promised=5)
     (answer,) = told(one.on_message("a", Stand(5, Version(9, 9)), 10.0))
     assert answer == Refuse(5, 5, "promised")
@@ -154,6 +157,7 @@ def test_a_primary_without_a_majority_steps_down() -> None:
 
 
 def test_who_has_just_started_leads_nothing_whatever_its_log_says() -> None:
+    """`own-epoch`."""
     one = replica("a", promised=2, last=Version(2, 9))
     assert one.role is Role.FOLLOWER
     assert not one.may_acknowledge(100.0)
@@ -344,7 +348,7 @@ def test_a_forced_epoch_needs_nobody_but_the_own_disk() -> None:
 
 
 def test_who_has_heard_of_a_forced_primary_does_not_stand_beside_it() -> None:
-    """`one-primary`: an epoch above the forced one might be one that its primary opens next, and be another history."""
+    """`forced-alone`: an epoch above the forced one might be one that its primary opens next, with another history."""
     forced = forced_above(7, Random(1))
     ends = [Version(1, 5)]
     one = Election(
