@@ -156,6 +156,7 @@ def test_a_rolling_restart_fails_no_request(tmp_path: Path) -> None:
 
 
 def test_failover_moves_a_shard_and_force_says_what_it_may_lose(tmp_path: Path) -> None:
+    """`reads-go-on`."""
     with (
         cluster(tmp_path, 3, storage=f"dim = {DIM}") as daemons,
         gmco.connect_blocking([daemons[0].url], timeout_s=TIMEOUT_S) as client,

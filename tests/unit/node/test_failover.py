@@ -262,7 +262,7 @@ async def test_a_replica_on_a_new_disk_follows_and_does_not_vote_until_an_epoch_
 
 @on_trio
 async def test_a_replica_on_a_new_disk_helps_nobody_to_win(tmp_path: Path) -> None:
-    """One voter is left of three, and one whose log is lost: that is no majority, whatever it says."""
+    """`learners-silent`: One voter is left of three, and one whose log is lost: that is no majority, whatever it says."""
     async with three(tmp_path) as world:
         leader = world.leaders()[0]
         emptied, voter = (site for site in world if site is not leader)

@@ -26,6 +26,7 @@ def kept(writer: Writer) -> tuple[int, int]:
 
 
 def test_old_records_stay_until_they_are_known_to_be_on_a_quorum(tmp_path: Path) -> None:
+    """`unsettled-stays`."""
     writer = filled(tmp_path)
     assert kept(writer) == (1, 0)
     assert writer.replica.statistics()["unsettled"] == 200
