@@ -24,8 +24,8 @@ from storage.records import Version
 # Far above what elections reach, and with room above it: epochs are u64 in logs and messages.
 EPOCH_MAX = 1 << 60
 # Epochs begin anew at a multiple of this when a primary is forced: none that is opened by voters who have not heard of it can be
-# one of its own, however long they go on by themselves.
-FORCED_EVERY = 1_000_000_000
+# one of its own, however long they go on by themselves. Gossip tells epochs in 32 bits: room for some eighty forces of a shard.
+FORCED_EVERY = 100_000
 FORCED_DRAW = 1_000
 # So much longer the others wait for a shard's first voter to open its first epoch.
 FOUNDING_S = 5.0
