@@ -81,7 +81,7 @@ def wait_all_vote(client: gmco.BlockingClient, voters: int) -> None:
 
 
 def check_one_primary(daemons: list[Daemon]) -> int:
-    """By the logs: who opened which epoch. Returns how many were opened."""
+    """`one-primary`, by the logs: who opened which epoch. Returns how many were opened."""
     opened: dict[tuple[int, int], set[str]] = defaultdict(set)
     for daemon in daemons:
         for line in daemon.log.read_text(errors="replace").splitlines():
