@@ -18,6 +18,7 @@ from node.register import (
     Accept,
     Accepted,
     Ask,
+    Ballot,
     Done,
     Learn,
     Learned,
@@ -99,6 +100,9 @@ class Sim:
         self.trouble = True
         self.violations: list[str] = []
         self.tries: list[Try] = []
+        # (disk, version of the base) → the greatest ballot promised; (base, ballot) → what was to be accepted at it.
+        self._promised: dict[tuple[str, int], Ballot] = {}
+        self._proposed: dict[tuple[str, Ballot], str] = {}
         # version → the decided layout, as far as anybody has said so.
         self.decided: dict[int, Layout] = {}
         # Told of moments at which a crash hurts most: of whom, after what was said, and to whom.
@@ -152,6 +156,19 @@ class Sim:
             self.violations.append(
                 f"chain: version {layout.version} follows {layout.base}, not {before.hash}"
             )
+
+    def on_promise(self, disk: str, version: int, ballot: Ballot) -> None:
+        """Told by that disk's acceptor, as a promise or with an acceptance: `promise-binds`."""
+        least = self._promised.get((disk, version), NEVER)
+        if ballot < least:
+            self.violations.append(f"promise-binds: {disk} takes part in {ballot} after {least}")
+        self._promised[disk, version] = max(ballot, least)
+
+    def on_proposal(self, ask: Accept) -> None:
+        """`on-disk-first`: no ballot is used twice, also not after a restart."""
+        first = self._proposed.setdefault((ask.base.hash, ask.ballot), ask.value.hash)
+        if first != ask.value.hash:
+            self.violations.append(f"on-disk-first: {ask.ballot} is used for {first} and {ask.value.hash}")
 
     @property
     def newest(self) -> Layout:
@@ -252,7 +269,15 @@ class Host:
         if self.slot is not before and isinstance(ask, Learn):
             self.sim.note(ask.layout)
         # Also an answer that changes nothing tells of a state that may still be on its way to the disk.
-        self._sync(lambda: self._reply(source, reply))
+        if isinstance(reply, Promise | Accepted) and not isinstance(ask, Learn):
+            disk, version, ballot = self.disk.id, ask.base.version, reply.ballot
+            self._sync(lambda: self._promise(source, reply, disk, version, ballot))
+        else:
+            self._sync(lambda: self._reply(source, reply))
+
+    def _promise(self, to: str, reply: Reply, disk: str, version: int, ballot: Ballot) -> None:
+        self.sim.on_promise(disk, version, ballot)
+        self._reply(to, reply)
 
     def _reply(self, to: str, reply: Reply) -> None:
         self.sim.send(self.name, to, lambda host: host.on_reply(self.name, reply))
@@ -311,6 +336,8 @@ class Host:
                 message = effect.message
                 if isinstance(message, Learn):
                     self.sim.note(message.layout)
+                elif isinstance(message, Accept):
+                    self.sim.on_proposal(message)
                 self.sim.send(
                     self.name, effect.to, lambda host, message=message: host.on_ask(self.name, message)
                 )  # type: ignore[misc]

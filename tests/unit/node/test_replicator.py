@@ -132,7 +132,7 @@ async def test_what_is_on_its_way_to_the_disk_is_not_streamed(tmp_path: Path) ->
             hold, append = threading.Event(), primary.replica.append
 
             def slow(blobs: list[bytes], rows: int) -> None:
-                hold.wait(5.0)
+                hold.wait(20.0)
                 append(blobs, rows)
 
             primary.replica.append = slow  # type: ignore[method-assign]
