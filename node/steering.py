@@ -174,6 +174,8 @@ class Steering:
             except (PeerError, KeyError, TypeError):
                 return None
 
-        told = await ask_all((name for name in self._members.alive_names if name != self._members.own.name), ask)
+        told = await ask_all(
+            (name for name in self._members.alive_names if name != self._members.own.name), ask
+        )
         rows = [row for rows in told.values() for row in rows or ()]
         return {"replicas": rows, "silent": [name for name, rows in told.items() if rows is None]}
