@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from node.config_reader import ConfigError, read_section
+from router.layout import REPLICATION_MAX
 from storage.config import StorageConfig
 
 __all__ = [
@@ -75,7 +76,7 @@ class ClusterConfig:
     id: str = ""
     # What the first layout is made with; from then on the layout counts.
     shard_count: int = field(default=12, metadata={"range": (1, 65_535)})
-    replication: int = field(default=3, metadata={"range": (1, 15)})
+    replication: int = field(default=3, metadata={"range": (1, REPLICATION_MAX)})
     # host:port of the peer ports of some nodes; others are heard of by gossip. This node's own may be among them.
     seeds: tuple[str, ...] = ()
     # The first layout is made when so many nodes see each other. 1: this node alone. 0: never, only join.
@@ -174,6 +175,7 @@ STORAGE_RANGES: dict[str, tuple[float, float]] = {
     "compact_rows_min": (1, 1_000_000_000),
     "wal_segment_bytes": (1 << 16, 1 << 30),
     "wal_keep_s": (0, 10 * 365 * 86_400),
+    "wal_unsettled_bytes": (0, 1 << 40),
     "tombstones_keep_s": (0, 10 * 365 * 86_400),
     "checkpoint_bytes": (1 << 16, 1 << 40),
     "write_ids_keep_s": (0, 86_400),

@@ -12,7 +12,7 @@ import trio
 from node import checked, facts
 from node.failover import Failover
 from node.members import Members
-from storage.errors import FormatError, StorageError
+from storage.errors import DamagedFileError, FormatError
 from storage.files import write_atomically
 
 log = structlog.get_logger(__name__)
@@ -23,14 +23,8 @@ Order = Literal["", "draining", "maintenance"]
 ORDERS: tuple[Order, ...] = ("", "draining", "maintenance")
 
 
-class DamagedDutyError(StorageError):
-    """The file is not what was written."""
-
-    code = "damaged"
-
-
 def load(path: Path) -> Order:
-    """Raises DamagedDutyError, FormatError, OSError."""
+    """Raises DamagedFileError, FormatError, OSError."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -41,7 +35,7 @@ def load(path: Path) -> Order:
             raise FormatError(f"{path} has format {fields['format']}, this build knows {FORMAT}")
         order = ORDERS[ORDERS.index(fields["order"])]
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedDutyError(f"{path} is damaged: {error}; remove it, and give the order again") from error
+        raise DamagedFileError(path, error, "remove it, and give the order again") from error
     return order
 
 

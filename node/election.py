@@ -23,6 +23,10 @@ from storage.records import Version
 
 # Far above what elections reach, and with room above it: epochs are u64 in logs and messages.
 EPOCH_MAX = 1 << 60
+# Epochs begin anew at a multiple of this when a primary is forced: none that is opened by voters who have not heard of it can be
+# one of its own, however long they go on by themselves. Gossip tells epochs in 32 bits: room for some eighty forces of a shard.
+FORCED_EVERY = 100_000
+FORCED_DRAW = 1_000
 # So much longer the others wait for a shard's first voter to open its first epoch.
 FOUNDING_S = 5.0
 # So much longer a reluctant voter waits, on top of the lease that all wait for.
@@ -39,6 +43,12 @@ class ElectionConfig:
     retry_min_s: float = 0.05
     retry_max_s: float = 0.3
     candidacy_s: float = 0.5
+
+
+def forced_above(epoch: int, random: Random) -> int:
+    """Where epochs go on after a force, when none above `epoch` is known. Two that are forced apart, by mistake, draw different
+    ones, and the lesser gives way."""
+    return (epoch // FORCED_EVERY + random.randint(1, FORCED_DRAW)) * FORCED_EVERY
 
 
 class Role(Enum):
@@ -216,6 +226,11 @@ class Election:
         return max(self.promised, self._persisting, self._last().epoch)
 
     @property
+    def overruled(self) -> bool:
+        """A primary was forced, and our log does not have its record."""
+        return max(self.seen, self.bound) // FORCED_EVERY > self._last().epoch // FORCED_EVERY
+
+    @property
     def majority(self) -> int:
         """How many voters' promises open an epoch."""
         return len(self.voters) if self._founding else len(self.voters) // 2 + 1
@@ -260,9 +275,14 @@ class Election:
     # -- standing ---------------------------------------------------------------------------------------------------
 
     def _stand(self, now: float, released: int, also: tuple[str, ...] = ()) -> list[Effect]:
+        epoch = max(self.seen, self.bound) + 1
+        if self.overruled:
+            # It would open epochs of that primary's, under a placement that counts no more: it comes back by following.
+            self.role, self._candidacy = Role.FOLLOWER, None
+            self._stand_at = now + self._config.lease_s + self._patience()
+            return []
         self.role = Role.CANDIDATE
         self.primary = None
-        epoch = max(self.seen, self.bound) + 1
         self._candidacy = _Candidacy(epoch, released, yes={self.name}, also=also)
         config = self._config
         self._stand_at = (

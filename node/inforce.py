@@ -18,7 +18,7 @@ from node.links import Links
 from node.members import Members
 from node.peerlink import PeerError
 from router.layout import Layout, Placement
-from storage.errors import ForeignDataError, FormatError, StorageError
+from storage.errors import DamagedFileError, ForeignDataError, FormatError
 from storage.files import write_atomically
 
 log = structlog.get_logger(__name__)
@@ -26,12 +26,6 @@ log = structlog.get_logger(__name__)
 FORMAT = 1
 # A node that comes to a cluster that has been changed before asks the others, again and again.
 ASK_S = 1.0
-
-
-class DamagedPlacementsError(StorageError):
-    """The file is not what was written."""
-
-    code = "damaged"
 
 
 class InForce(Mapping[int, Placement]):
@@ -67,7 +61,7 @@ def unpack(raw: Any, shard_count: int) -> InForce:
 
 
 def load(path: Path, *, cluster: str, shard_count: int) -> InForce | None:
-    """None when there are none yet. Raises DamagedPlacementsError, ForeignDataError, FormatError, OSError."""
+    """None when there are none yet. Raises DamagedFileError, ForeignDataError, FormatError, OSError."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -79,9 +73,8 @@ def load(path: Path, *, cluster: str, shard_count: int) -> InForce | None:
             raise FormatError(f"{path} has format {version}, this build knows {FORMAT}")
         placements = unpack(fields["placements"], shard_count)
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedPlacementsError(
-            f"{path} is damaged: {error}; restore it, or remove it so that this node asks the others"
-        ) from error
+        advice = "restore it, or remove it so that this node asks the others"
+        raise DamagedFileError(path, error, advice) from error
     if owner != cluster:
         raise ForeignDataError(f"{path} is of cluster {owner!r}, not of {cluster!r}")
     return placements

@@ -9,6 +9,7 @@ import trio
 
 from gossip.errors import KeyringError
 from gossip.keyring import KeyView
+from node.asking import ask_all
 from node.links import Links
 from node.members import Members
 from node.peerlink import PeerError, RemoteError
@@ -83,9 +84,7 @@ class Keyrings:
     async def _everywhere(
         self, action: KeyAction, argument: bytes | str | None, timeout_s: float
     ) -> list[dict[str, Any]]:
-        results: list[dict[str, Any]] = []
-
-        async def one(name: str) -> None:
+        async def one(name: str) -> dict[str, Any]:
             try:
                 if name == self._members.own.name:
                     keys = await self._here(action, argument)
@@ -94,17 +93,13 @@ class Keyrings:
                     body = [action, argument, int(timeout_s * 1000)]
                     keys = await link.call("keyring", body, timeout_s)
                 shown = [{"fingerprint": k[0], "primary": bool(k[1]), "derived": bool(k[2])} for k in keys]
-                results.append({"node": name, "keys": shown})
+                return {"node": name, "keys": shown}
             except (KeyringError, RemoteError) as error:
-                results.append({"node": name, "error": error.code, "message": error.message})
+                return {"node": name, "error": error.code, "message": error.message}
             except (PeerError, OSError) as error:
-                results.append({"node": name, "error": "unavailable", "message": str(error)})
+                return {"node": name, "error": "unavailable", "message": str(error)}
 
-        names = {known.name for known in self._members.all() if known.alive} | {self._members.own.name}
-        async with trio.open_nursery() as nursery:
-            for name in sorted(names):
-                nursery.start_soon(one, name)
-        return sorted(results, key=lambda result: str(result["node"]))
+        return list((await ask_all(self._members.alive_names, one)).values())
 
     async def _here(self, action: KeyAction, argument: Any) -> list[tuple[str, bool, bool]]:
         if action == "install":

@@ -8,26 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from router.layout import Layout, Member
-from storage.errors import ForeignDataError, FormatError, StorageError
+from storage.errors import DamagedFileError, ForeignDataError, FormatError
 from storage.files import write_atomically
 
 # 2: targets, base and cluster_id; members have ids. A file of format 1 is read as a layout of form 1.
 FORMAT = 2
-
-
-class DamagedLayoutError(StorageError):
-    """The file is not what was written."""
-
-    code = "damaged"
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"{path} is damaged: {reason}; restore it, or remove it so that this node takes the layout of the others"
-        )
+ADVICE = "restore it, or remove it so that this node takes the layout of the others"
 
 
 def load(path: Path, *, cluster: str) -> Layout | None:
-    """None when there is none yet. Raises DamagedLayoutError, ForeignDataError, FormatError, OSError."""
+    """None when there is none yet. Raises DamagedFileError, ForeignDataError, FormatError, OSError."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -48,11 +38,11 @@ def load(path: Path, *, cluster: str) -> Layout | None:
         )
         hash_ = known["hash"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedLayoutError(path, f"it is not a layout: {error}") from error
+        raise DamagedFileError(path, f"it is not a layout: {error}", ADVICE) from error
     if owner != cluster:
         raise ForeignDataError(f"{path} is of cluster {owner!r}, not of {cluster!r}")
     if layout.hash != hash_:
-        raise DamagedLayoutError(path, f"its content has the hash {layout.hash}, not {hash_}")
+        raise DamagedFileError(path, f"its content has the hash {layout.hash}, not {hash_}", ADVICE)
     return layout
 
 

@@ -13,6 +13,7 @@ import structlog
 import trio
 
 from node import facts, staged
+from node.asking import ask_all
 from node.facts import FactError
 from node.forming import Founding
 from node.links import Links
@@ -172,22 +173,21 @@ class Layouts:
     async def _all_sizes(self) -> tuple[dict[int, int], list[str]]:
         """Bytes by shard, the greatest that anybody has; and who did not answer."""
         sizes = dict(await trio.to_thread.run_sync(self._sizes))
-        silent: list[str] = []
 
-        async def ask(name: str) -> None:
+        async def ask(name: str) -> dict[int, int] | None:
             try:
                 link = await self._links.add(name)
                 told = await link.call("sizes", None, SIZES_S)
-                for shard, size in dict(told).items():
-                    sizes[int(shard)] = max(int(size), sizes.get(int(shard), 0))
+                return {int(shard): int(size) for shard, size in dict(told).items()}
             except (PeerError, ValueError, TypeError):
-                silent.append(name)
+                return None
 
         own = self._members.own.name
-        async with trio.open_nursery() as nursery:
-            for name in {known.name for known in self._members.others() if known.alive} - {own}:
-                nursery.start_soon(ask, name)
-        return sizes, sorted(silent)
+        told = await ask_all((name for name in self._members.alive_names if name != own), ask)
+        for theirs in told.values():
+            for shard, size in (theirs or {}).items():
+                sizes[shard] = max(size, sizes.get(shard, 0))
+        return sizes, [name for name, theirs in told.items() if theirs is None]
 
     async def handle_sizes(self, peer: str, body: Any) -> Any:
         """The peer op `sizes` → bytes by shard."""
@@ -292,7 +292,7 @@ class Layouts:
         """Version + 1,000 of those members that are alive, by nobody's leave but the operator's."""
         register = self.here()
         layout = register.layout
-        alive = {known.name for known in self._members.all() if known.alive}
+        alive = self._members.alive_names
         gone = [Change(action="leave", node=one.name) for one in layout.members if one.name not in alive]
         if 2 * len(gone) < len(layout.members):
             raise RequestError(

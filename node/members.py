@@ -158,6 +158,11 @@ class Members:
     def others(self) -> list[Known]:
         return [one for one in self.all() if one.id != self.own_id]
 
+    @property
+    def alive_names(self) -> list[str]:
+        """Of those whom gossip takes for alive, and our own."""
+        return sorted({one.name for one in self.all() if one.alive} | {self.own.name})
+
     def address(self, name: str) -> Address | None:
         known = self.get(name)
         return None if known is None or known.fact is None else known.address

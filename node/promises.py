@@ -15,43 +15,35 @@ from xxhash import xxh3_64_intdigest
 
 from node.blocking import Runner
 from node.commit import GroupCommit
-from storage.errors import FormatError, StorageError
+from storage.errors import DamagedFileError, FormatError
 from storage.files import write_atomically
 
 FORMAT = 1
 _MAGIC = b"GMCOPROM"
+ADVICE = (
+    "what this node's replicas have promised is lost. Remove the file: each replica then gets a new id, and votes again when a "
+    "primary has let it in; not on several nodes at once"
+)
 
 # shard → (replica id, epoch)
 Known = dict[int, tuple[int, int]]
 
 
-class DamagedPromisesError(StorageError):
-    """The file is not what was written."""
-
-    code = "damaged"
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"{path} is damaged: {reason}; what this node's replicas have promised is lost. Remove the file: each replica then "
-            "gets a new id, and votes again when a primary has let it in; not on several nodes at once"
-        )
-
-
 def load(path: Path) -> Known:
-    """Empty when there is none yet. Raises DamagedPromisesError, FormatError, OSError."""
+    """Empty when there is none yet. Raises DamagedFileError, FormatError, OSError."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return {}
     if data[:8] != _MAGIC or xxh3_64_intdigest(data[16:]).to_bytes(8, "little") != data[8:16]:
-        raise DamagedPromisesError(path, "its checksum does not match")
+        raise DamagedFileError(path, "its checksum does not match", ADVICE)
     try:
         version, entries = msgpack.unpackb(data[16:], strict_map_key=False)
         if version != FORMAT:
             raise FormatError(f"{path} has format {version}, this build knows {FORMAT}")
         return {int(shard): (int(replica), int(epoch)) for shard, (replica, epoch) in entries.items()}
     except (ValueError, TypeError, AttributeError, OverflowError, msgpack.UnpackException) as error:
-        raise DamagedPromisesError(path, f"it is not a list of promises: {error}") from error
+        raise DamagedFileError(path, f"it is not a list of promises: {error}", ADVICE) from error
 
 
 def save(path: Path, known: Mapping[int, tuple[int, int]]) -> None:

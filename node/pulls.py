@@ -3,7 +3,7 @@
 pull    [shard, replica id, epoch that the asker follows, epoch below which it takes nothing, its last record [epoch, sequence,
         checksum], echo | nil, max bytes, wait ms]
         max bytes 0: by one that fetches a snapshot; it names no record, and is answered at once, without any
-answer  [STREAM, epoch, stamp, primary's last, lag ms, raw records]
+answer  [STREAM, epoch, stamp, primary's last, lag ms, raw records, up to which sequence its log is known to be on a quorum]
         [FORK, epoch, stamp, [epoch, sequence] at or before which the logs part]
         [NOT_PRIMARY, epoch, name]   of the primary that the answerer knows, or 0 and ""
 """
@@ -83,9 +83,13 @@ class Streamed:
     primary_last: int
     lag_ms: int
     records: bytes
+    # Up to which sequence the primary's log is known to be on a quorum; 0: nothing is said.
+    settled: int = 0
 
     def body(self) -> list[Any]:
-        return [STREAM, self.epoch, self.stamp, self.primary_last, self.lag_ms, self.records]
+        return [
+            STREAM, self.epoch, self.stamp, self.primary_last, self.lag_ms, self.records, self.settled,
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +121,11 @@ def read_answer(body: Any) -> Answer:
     kind, epoch, *rest = body
     epoch = _epoch(epoch)
     if kind == STREAM:
-        stamp, last, lag_ms, records = rest
+        stamp, last, lag_ms, records, *more = rest
+        settled = _number(more[0]) if more else 0
         if type(records) is not bytes:
             raise TypeError("streamed records are not bytes")
-        return Streamed(epoch, _stamp(stamp), _number(last), _number(lag_ms), records)
+        return Streamed(epoch, _stamp(stamp), _number(last), _number(lag_ms), records, settled)
     if kind == FORK:
         stamp, (at, sequence) = rest
         return Forked(epoch, _stamp(stamp), Fork(Version(_number(at), _number(sequence))))

@@ -34,7 +34,7 @@ from node.register import (
     learn,
 )
 from router.layout import Layout
-from storage.errors import ForeignDataError, FormatError, StorageError
+from storage.errors import DamagedFileError, ForeignDataError, FormatError
 from storage.files import write_atomically
 
 log = structlog.get_logger(__name__)
@@ -42,12 +42,6 @@ log = structlog.get_logger(__name__)
 # After the end of a try the last words to the others get this long.
 GRACE_S = 0.3
 REPLIES_MAX = 256
-
-
-class DamagedRegisterError(StorageError):
-    """The file is not what was written."""
-
-    code = "damaged"
 
 
 class Link(Protocol):
@@ -69,9 +63,8 @@ def load(path: Path, *, cluster: str) -> registerwire.Kept:
     try:
         version, owner, kept = registerwire.from_file(data)
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedRegisterError(
-            f"{path} is damaged: {error}; what this node has promised is lost. Move its data directory away and let it join anew"
-        ) from error
+        advice = "what this node has promised is lost. Move its data directory away and let it join anew"
+        raise DamagedFileError(path, error, advice) from error
     if version != registerwire.FORMAT:
         raise FormatError(f"{path} has format {version}, this build knows {registerwire.FORMAT}")
     if owner != cluster:

@@ -74,6 +74,10 @@ class Replicator:
         actor = self._actor
         if actor.leads:
             return "leading"  # also before the loop has noticed
+        if self._state in ("primary silent", "no primary") and actor.election.overruled:
+            return (
+                "no vote: a primary was forced elsewhere; it waits for that one, or for gmco failover --force"
+            )
         if self._state in ("primary silent", "no primary") and actor.disowned:
             # Nobody is to be waited for when it is the only one.
             return "no vote: its promises were lost; a primary lets it in again, or gmco failover --force"
@@ -280,6 +284,9 @@ class Replicator:
             self.behind = answer.primary_last - last.sequence
             if not await actor.follow(answer.epoch, blobs, batch):
                 return
+        # Our log is the primary's as far as it goes: what we named was found there.
+        replica = actor.replica
+        replica.settled = max(replica.settled, min(answer.settled, replica.position.sequence))
         self._state = "following"
         self.behind = max(0, answer.primary_last - actor.replica.position.sequence)
         self._old_ms = answer.lag_ms if self.behind else 0

@@ -82,7 +82,7 @@ class ShardActor:
         self._log_runner = log_runner
         self._now_ns = now_ns
         self._writing = trio.Lock()
-        self.upkeep = Upkeep(replica, maintenance_runner, self._writing, self.harm)
+        self.upkeep = Upkeep(replica, maintenance_runner, self._writing, self.harm, self.note_settled)
         self._queue_max = queue_max
         self._commit = self._new_commit()
         self._waiting_bytes = 0
@@ -291,6 +291,12 @@ class ShardActor:
         reign = self.reign
         start = self.replica.epoch_starts.get(reign.epoch) if reign is not None else None
         return reign is not None and start is not None and reign.progress.reached("quorum") >= start
+
+    def note_settled(self) -> int:
+        """Up to which sequence our log is known to be on a quorum: while we lead by who follows, else as it was told us."""
+        if self.reign is not None and self.settled:
+            self.replica.settled = max(self.replica.settled, self.reign.progress.reached("quorum"))
+        return self.replica.settled
 
     def not_primary(self) -> NodeError:
         known = f"; its primary is {self.hint[1]}" if self.hint[1] not in ("", self.name) else ""
@@ -552,7 +558,7 @@ class ShardActor:
             # When that was written is not remembered; the record says it.
             lag_ms = max(lag_ms, (self._now_ns() - decode(data).timestamp_ns) // 1_000_000)
         # What the log's thread has just made durable may be in `data` before the loop has applied it.
-        return Streamed(reign.epoch, now, self.replica.logged, lag_ms, data)
+        return Streamed(reign.epoch, now, self.replica.logged, lag_ms, data, self.note_settled())
 
     def _may_take_place(self, follower: str, pull: Pull) -> bool:
         """That of a former replica of that node, whose disk was replaced: a learner at once, a voter once it is level."""
@@ -615,6 +621,8 @@ class ShardActor:
             if not self.election.takes(epoch) or last != named:
                 return False
             at = cut_at(told, starts, last.sequence).sequence
+            # By force a quorum's records, too, may be cut.
+            self.replica.settled = min(self.replica.settled, at)
             kept = await self._log_runner(self.replica.cut, at)
             self._end = self.replica.position
             self.counters["cuts"] += 1

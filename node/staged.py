@@ -7,21 +7,15 @@ from pathlib import Path
 
 from node import checked
 from router.planning import Change
-from storage.errors import FormatError, StorageError
+from storage.errors import DamagedFileError, FormatError
 from storage.files import write_atomically
 
 FORMAT = 1
 CHANGES_MAX = 1_000
 
 
-class DamagedStagedError(StorageError):
-    """The file is not what was written."""
-
-    code = "damaged"
-
-
 def load(path: Path) -> list[Change]:
-    """Empty when there are none. Raises DamagedStagedError, FormatError, OSError."""
+    """Empty when there are none. Raises DamagedFileError, FormatError, OSError."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -35,7 +29,7 @@ def load(path: Path) -> list[Change]:
             for action, node, values in fields["changes"]
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedStagedError(f"{path} is damaged: {error}; `gmco cluster revert` removes it") from error
+        raise DamagedFileError(path, error, "`gmco cluster revert` removes it") from error
 
 
 def save(path: Path, changes: Sequence[Change]) -> None:

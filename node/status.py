@@ -189,6 +189,9 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "items": replica.view.alive_rows,
         "users": numbers.get("users", 0),
         "fresh": replica.fresh_rows(),
+        "log_bytes": numbers["log"]["bytes"],
+        "unsettled": numbers["unsettled"],
+        "unsettled_dropped": numbers["unsettled_dropped"],
         "digests": {
             name: f"{replica.digest(kind):016x}"
             for name, kind in (("items", Kind.ITEM), ("users", Kind.USER))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from random import SystemRandom
 from typing import Any
 
 import structlog
 import trio
 
+from node.asking import ask_all
+from node.election import forced_above
 from node.failover import Failover
 from node.links import Links
 from node.members import Members
@@ -23,8 +26,6 @@ log = structlog.get_logger(__name__)
 TIMEOUT_S = 10.0
 Handler = Callable[[str, Any], Awaitable[dict[str, Any]]]
 CALL_S = 2.0
-# So far above every epoch that is known to anybody a forced one is, that those who come back follow it.
-FORCED_ABOVE = 1_000
 
 
 class Steering:
@@ -72,7 +73,7 @@ class Steering:
     async def _leader(self, shard: int) -> str:
         """Who leads it now."""
         likely = self._members.primary(shard)
-        for name in sorted(self._alive(), key=lambda one: one != likely):
+        for name in sorted(self._members.alive_names, key=lambda one: one != likely):
             ends = await self._end_of(name, shard)
             if ends is not None and ends["leads"]:
                 return name
@@ -82,9 +83,6 @@ class Steering:
             "--force with --to does without a majority and may lose writes",
             "shard",
         )
-
-    def _alive(self) -> list[str]:
-        return sorted({one.name for one in self._members.all() if one.alive} | {self._members.own.name})
 
     async def _end_of(self, name: str, shard: int) -> dict[str, Any] | None:
         """Where that node's log of the shard ends; None when it cannot be asked, or has none."""
@@ -128,14 +126,7 @@ class Steering:
     async def _force(self, actor: ShardActor, confirmed: bool, left_s: float) -> dict[str, Any]:
         """Says what may be lost; does it only when that was confirmed."""
         own = self._members.own.name
-        ends: dict[str, dict[str, Any] | None] = {}
-
-        async def ask(name: str) -> None:
-            ends[name] = await self._end_of(name, actor.shard)
-
-        async with trio.open_nursery() as nursery:
-            for name in actor.placement.names:
-                nursery.start_soon(ask, name)
+        ends = await ask_all(actor.placement.names, lambda name: self._end_of(name, actor.shard))
         mine = ends.get(own) or self.tell_end(own, [actor.shard])
         assert mine is not None
         silent = sorted(name for name, end in ends.items() if end is None)
@@ -163,7 +154,9 @@ class Steering:
                 "refused",
                 f"{', '.join(ahead)} has more of shard {actor.shard} than {own}: force it --to there",
             )
-        epoch = max(end["promised"] for end in [mine, *ends.values()] if end is not None) + FORCED_ABOVE
+        epoch = forced_above(
+            max(end["promised"] for end in [mine, *ends.values()] if end is not None), SystemRandom()
+        )
         log.error("forced", shard=actor.shard, epoch=epoch, silent=silent)
         self._failover.force(actor, epoch)
         with trio.move_on_after(left_s):
@@ -173,18 +166,16 @@ class Steering:
 
     async def shards(self) -> dict[str, Any]:
         """Every replica of every alive node, as that node tells it; `silent`: nodes that did not answer."""
-        rows: list[dict[str, Any]] = []
-        silent: list[str] = []
 
-        async def ask(name: str) -> None:
+        async def ask(name: str) -> list[dict[str, Any]] | None:
             try:
                 told = await self._links[name].call("status", [0], CALL_S)
-                rows.extend({**row, "node": name} for row in told["shards"])
+                return [{**row, "node": name} for row in told["shards"]]
             except (PeerError, KeyError, TypeError):
-                silent.append(name)
+                return None
 
-        async with trio.open_nursery() as nursery:
-            for name in self._alive():
-                if name != self._members.own.name:
-                    nursery.start_soon(ask, name)
-        return {"replicas": rows, "silent": sorted(silent)}
+        told = await ask_all(
+            (name for name in self._members.alive_names if name != self._members.own.name), ask
+        )
+        rows = [row for rows in told.values() for row in rows or ()]
+        return {"replicas": rows, "silent": [name for name, rows in told.items() if rows is None]}

@@ -32,10 +32,15 @@ class Upkeep:
     """
 
     def __init__(
-        self, replica: Replica, runner: Runner, writing: trio.Lock, harm: Callable[[DamagedError], bool]
+        self,
+        replica: Replica,
+        runner: Runner,
+        writing: trio.Lock,
+        harm: Callable[[DamagedError], bool],
+        note_settled: Callable[[], int] = lambda: 0,
     ) -> None:
-        """harm: told of damage; whether somebody sees to it."""
-        self._harm = harm
+        """harm: told of damage; whether somebody sees to it. note_settled: tells the replica how much is on a quorum."""
+        self._harm, self._note_settled = harm, note_settled
         self.replica, self._runner, self._writing = replica, runner, writing
         self.jobs = trio.Lock()
 
@@ -83,6 +88,7 @@ class Upkeep:
 
     async def _checkpoint(self) -> None:
         replica = self.replica
+        self._note_settled()
         async with self._writing:
             job = replica.begin_checkpoint()
         # Whoever asked for it may be gone meanwhile: one that is begun and never finished would keep all others away.

@@ -25,6 +25,8 @@ from router.placing import Member, Placement, fair_shares, place
 __all__ = ["Layout", "LayoutError", "Member", "Placement", "fair_shares", "layout_from", "place"]
 
 Targets = tuple[tuple[str, ...], ...]
+# Replicas of a shard, as config and operators may ask; with more each write waits for more disks.
+REPLICATION_MAX = 7
 _FORM = 2
 _FORM_1_FIELDS = 5
 

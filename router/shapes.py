@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from router.errors import RequestError
+from router.layout import REPLICATION_MAX
 from router.sentences import translate
 from router.vectors import Dtype
 from storage.records import CLASSES_MAX
@@ -147,7 +148,7 @@ class ClusterFields(Struct, forbid_unknown_fields=True, kw_only=True):
     zone: Place = None
     host: Place = None
     capacity: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
-    replication: Annotated[int, Meta(ge=1, le=7)] | None = None
+    replication: Annotated[int, Meta(ge=1, le=REPLICATION_MAX)] | None = None
     members: (
         Annotated[list[Annotated[str, Meta(min_length=1, max_length=64)]], Meta(max_length=4_096)] | None
     ) = None

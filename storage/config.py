@@ -30,6 +30,8 @@ class StorageConfig:
     compact_rows_min: int = 1_000
     wal_segment_bytes: int = 1 << 20
     wal_keep_s: float = 86_400.0
+    # What is not known to be on a quorum is kept longer, as long as the log is no greater than this.
+    wal_unsettled_bytes: int = 1 << 30
     # How long a delete is remembered at least; longer than the log reaches back it cannot be told.
     tombstones_keep_s: float = 86_400.0
     checkpoint_bytes: int = 32 << 20

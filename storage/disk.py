@@ -374,6 +374,18 @@ class Log:
             self._ops.sync_directory(self._directory)
         return dropped
 
+    def newest(self, size: int) -> int:
+        """The first sequence of the oldest of those newest segments that are `size` bytes together, the last one at least."""
+        with self._lock:
+            headers = [segment.header for segment in self._segments]
+        first = headers[-1].first_sequence
+        for header in reversed(headers):
+            size -= header.segment_bytes
+            if size < 0:
+                break
+            first = header.first_sequence
+        return first
+
     def aged(self, older_than_ns: int) -> Version:
         """A place in the log up to which everything is stamped before that, or older than the log itself."""
         with self._lock:

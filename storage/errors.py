@@ -24,6 +24,15 @@ class DamagedError(StorageError):
         )
 
 
+class DamagedFileError(StorageError):
+    """A small file of the node itself is not what was written. advice: what an operator does about it."""
+
+    code = "damaged"
+
+    def __init__(self, path: Path, reason: object, advice: str) -> None:
+        super().__init__(f"{path} is damaged: {reason}; {advice}")
+
+
 class FormatError(StorageError):
     """A durable file has a format version that this build does not know."""
 

@@ -82,7 +82,11 @@ class Replica:
         self._frozen_bytes = 0
         # Who → the first sequence that the log is to keep for it, however old. Changed by the writer.
         self.log_holds: dict[str, int] = {}
-        self._counters = {"checkpoints": 0, "checkpoint_failures": 0, "compactions": 0, "cuts": 0}
+        # Up to here the log is known to be on a quorum. Told by the writer, at any time; it may be less after a restart.
+        self.settled = 0
+        self._counters = {
+            "checkpoints": 0, "checkpoint_failures": 0, "compactions": 0, "cuts": 0, "unsettled_dropped": 0,
+        }  # fmt: skip
         # The bucket digests at the log's last DIGEST marks.
         self.digested = Digested()
         self._graph = SavedGraph(parts.directory)
@@ -539,6 +543,7 @@ class Replica:
                 "fresh": self.fresh_rows(),
                 "checkpoint_age_s": time.monotonic() - self._checkpointed_at,
                 "unsaved_bytes": self.unsaved_bytes,
+                "unsettled": max(0, self.position.sequence - self.settled),
                 "table_bytes": self._table.size_bytes(),
                 "write_ids": len(self._write_ids),
                 "write_ids_refused": self._write_ids.refused,
@@ -733,8 +738,13 @@ class Replica:
     def _after_checkpoint(self, state: TableState) -> None:
         older_than_ns = time.time_ns() - int(self.config.wal_keep_s * 1e9)
         # The record at the checkpoint's position stays: whoever takes a snapshot of it must name that record.
-        kept_from = min([state.position.sequence, *self.log_holds.values()])
+        # What nobody else may have stays however old, as long as there is room for it.
+        settled, first = self.settled, self._log.first_sequence
+        unsettled = max(settled, self._log.newest(self.config.wal_unsettled_bytes))
+        kept_from = min([state.position.sequence, unsettled, *self.log_holds.values()])
         self._log.drop_before(kept_from, older_than_ns)
+        gone = self._log.first_sequence - max(first, settled + 1)
+        self._counters["unsettled_dropped"] += max(0, gone)
         self._table.drop_behind()
         self._graph.save(self.engine, state.items.rowset)
 

@@ -104,6 +104,7 @@ def _check(daemon: Daemon, ledgers: list[Ledger], cycle: int) -> None:
 
 
 def test_every_acknowledged_write_survives_kill_9(tmp_path: Path) -> None:
+    """`durable-before-reply`."""
     _kill_cycles(tmp_path, 8, int(os.environ.get("GMCO_SEED", "0")) or random.randrange(1 << 30))
 
 

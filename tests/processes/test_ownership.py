@@ -69,8 +69,19 @@ def wait_no_primary(client: gmco.BlockingClient) -> None:
         time.sleep(0.1)
 
 
+def wait_all_vote(client: gmco.BlockingClient, voters: int) -> None:
+    """Until each shard is led under a placement with so many voters."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        led = [row for row in client.shards()["replicas"] if row["role"] == "primary"]
+        if len(led) == 4 and all(len(row["voters"]) == voters for row in led):
+            return
+        assert time.monotonic() < deadline, [(row["shard"], row["voters"], row["move"]) for row in led]
+        time.sleep(0.1)
+
+
 def check_one_primary(daemons: list[Daemon]) -> int:
-    """By the logs: who opened which epoch. Returns how many were opened."""
+    """`one-primary`, by the logs: who opened which epoch. Returns how many were opened."""
     opened: dict[tuple[int, int], set[str]] = defaultdict(set)
     for daemon in daemons:
         for line in daemon.log.read_text(errors="replace").splitlines():
@@ -156,6 +167,7 @@ def test_a_rolling_restart_fails_no_request(tmp_path: Path) -> None:
 
 
 def test_failover_moves_a_shard_and_force_says_what_it_may_lose(tmp_path: Path) -> None:
+    """`reads-go-on`."""
     with (
         cluster(tmp_path, 3, storage=f"dim = {DIM}") as daemons,
         gmco.connect_blocking([daemons[0].url], timeout_s=TIMEOUT_S) as client,
@@ -189,3 +201,13 @@ def test_failover_moves_a_shard_and_force_says_what_it_may_lose(tmp_path: Path) 
             assert not told["forced"]
             assert set(told["silent"]) == {daemons[1].name, daemons[2].name}
             assert client.failover(shard, to=daemons[0].name, force=True, confirmed=True)["forced"]
+        client.put_items([gmco.Item(i, [1.0] * DIM, (), {"value": -i}) for i in range(1, 25)], ack="quorum")
+        for daemon in daemons[1:]:
+            daemon.start(wait=False)
+        for daemon in daemons[1:]:
+            daemon.wait_ready()
+        wait_all_vote(client, 3)
+        wait_alike(client)
+        found = client.get_items(list(range(1, 50)))
+        assert [one and one.metadata["value"] for one in found] == [-i if i < 25 else i for i in range(1, 50)]
+        check_one_primary(daemons)

@@ -36,6 +36,7 @@ def histories(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @given(histories())
 def test_the_fork_is_found_exactly_and_soon(pair: tuple[list[int], list[int]]) -> None:
+    """`fork-exact`."""
     follower, primary = pair
     shared = 0
     while shared < min(len(follower), len(primary)) and follower[shared] == primary[shared]:

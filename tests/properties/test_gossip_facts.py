@@ -75,6 +75,7 @@ def test_buckets_find_exactly_what_differs(ours: list[Fact | Hot], theirs: list[
 
 @given(st.lists(HOTS, min_size=1, max_size=8))
 def test_hot_vectors_stay_out_of_the_cold_buckets(hots: list[Hot]) -> None:
+    """`hot-apart`."""
     _, items = known(hots)
     assert items.hashes()[:HOT_FROM] == (0,) * HOT_FROM
     assert len(items.hashes()) == COUNT
@@ -82,6 +83,7 @@ def test_hot_vectors_stay_out_of_the_cold_buckets(hots: list[Hot]) -> None:
 
 @given(NEWS)
 def test_nothing_merged_changes_our_own(news: list[Fact | Hot]) -> None:
+    """`own-word`."""
     facts = Facts(1, 2, ItemTable(), origins_max=10)
     facts.set(b"a", b"mine")
     facts.set_hot(b"hot")

@@ -55,6 +55,7 @@ def test_boot_and_incarnation_never_go_back(claims: list[Claim]) -> None:
 
 @given(st.lists(CLAIMS, max_size=10), st.lists(CLAIMS, max_size=6))
 def test_old_news_never_wakes_the_dead(before: list[Claim], after: list[Claim]) -> None:
+    """`no-resurrection`."""
     one = machine()
     for claim in before:
         tell(one, 0.0, claim)
@@ -74,6 +75,7 @@ def test_old_news_never_wakes_the_dead(before: list[Claim], after: list[Claim]) 
 def test_two_who_heard_the_same_in_other_orders_agree_on_the_incarnation(
     claims: list[Claim], random: Random
 ) -> None:
+    """`order`."""
     # An unknown member that has left is not remembered, so news begin with its life.
     first = Claim(OTHER, 1, 0, State.ALIVE, THERE, OTHER)
     shuffled = list(claims)
@@ -91,6 +93,7 @@ def test_two_who_heard_the_same_in_other_orders_agree_on_the_incarnation(
 def test_what_is_said_of_us_is_refuted_once_and_only_by_a_greater_incarnation(
     boot: int, said: int, state: State
 ) -> None:
+    """`own-word`."""
     one = machine()
     effects = tell(one, 0.0, Claim(ME, boot, said, state, HOME, THIRD))
     mine = next(m for m in one.members() if m.id == ME)
@@ -115,6 +118,7 @@ def test_what_is_said_of_us_is_refuted_once_and_only_by_a_greater_incarnation(
 def test_any_history_keeps_packets_within_their_bound_and_time_going(
     history: list[tuple[float, Part]],
 ) -> None:
+    """`bounded`."""
     from gossip.codec import PARTS_BYTES_MAX, size_of
 
     one, now, timers = machine(), 0.0, 0

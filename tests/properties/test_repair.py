@@ -61,6 +61,7 @@ def carry_out(steps: Steps, held: dict[str, Held], primary: str) -> None:
     st.integers(1, 3),
 )
 def test_all_end_equal_nothing_comes_back_nothing_is_lost(held: dict[str, Held], count: int) -> None:
+    """`repair-by-log`."""
     held = {name: dict(held[name]) for name in NAMES[:count]}
     newest: Held = {}
     for view in held.values():

@@ -76,6 +76,7 @@ def check_laws(members: Sequence[Member], replication: int, result: Targets) -> 
 def test_the_laws_hold_whatever_was_before(
     old: list[Member], new: list[Member], shard_count: int, replication: int, later: int
 ) -> None:
+    """`laws-hold`."""
     before = targets(wanted(old, shard_count, replication))
     check_laws(old, replication, before)
     after = targets(wanted(new, shard_count, later), before)
@@ -91,6 +92,7 @@ def test_the_laws_hold_whatever_was_before(
 def test_every_node_computes_the_same(
     members: list[Member], shard_count: int, replication: int, shuffler: Random
 ) -> None:
+    """`order-free`."""
     before = targets(wanted(members, shard_count, replication))
     assert before == targets(wanted(shuffler.sample(members, len(members)), shard_count, replication))
     more = [*members, Member(name="new", region="r1")]
@@ -104,6 +106,7 @@ def test_every_node_computes_the_same(
 def test_a_new_member_takes_its_share_and_nothing_else_moves(
     count: int, shard_count: int, replication: int, zones: int
 ) -> None:
+    """`few-moves`."""
     members = [Member(name=f"n{i}", zone=f"z{i % zones}", host=f"h{i}") for i in range(count)]
     # Where zones are crowded, the new member may allow a better spread, and that wins over few moves.
     before = targets(wanted(members, shard_count, replication))
@@ -141,6 +144,7 @@ def test_adding_one_node_to_a_hundred_moves_hardly_more_than_its_fair_share(
 @settings(max_examples=60, deadline=None)
 @given(st.integers(4, 20), st.integers(12, 100), st.integers(1, 3), st.integers(0, 19))
 def test_removing_one_moves_what_it_held(count: int, shard_count: int, replication: int, gone: int) -> None:
+    """`few-moves`."""
     members = [Member(name=f"n{i}") for i in range(count)]
     before = targets(wanted(members, shard_count, replication))
     left = [member for i, member in enumerate(members) if i != gone % count]

@@ -15,6 +15,8 @@ from tests.simulation.stores import Rec
 KEYS = [f"k{i}" for i in range(8)]
 CLIENTS = 6
 CLIENT_TIMEOUT_S = 3.0
+# Where a primary may be forced: longer than those who do not know of it stay away.
+LOG_KEEP_S = 15.0
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +29,8 @@ class Operation:
     # When acknowledged: as what, which replica promised it, and under which voters.
     version: Version | None = None
     disk: int = 0
+    # When a primary was forced: ids of the replicas that had it then, or, by one that did not know of that, when acknowledged.
+    holders: frozenset[int] | None = None
     voters: tuple[tuple[str, int], ...] = ()
 
 
@@ -87,6 +91,8 @@ class Client:
                 assert version is not None
                 assert replica is not None
                 one.version, one.disk, one.voters = version, replica.id, replica.placement.voters
+                if self.sim.laws.overruled(replica.store.last.epoch):
+                    note_holders(self.sim, [one])
                 self.pending = None
                 if one.ack == "quorum":
                     assert token is not None
@@ -103,12 +109,26 @@ class Client:
         if host.replica is None or not host.awake:
             return
         store = host.replica.store
-        if store.starts.matches(token, store.synced):
+        # Force breaks sessions, too: what they have seen may be gone for a while.
+        if store.starts.matches(token, store.synced) and not self.sim.laws.overruled(token.epoch):
             row = store.table.get(key)
             if (row is None and version > store.floor) or (row is not None and row.version < version):
                 self.sim.laws.broken(
                     "read-your-writes", f"{host.name} satisfies {tuple(token)} but shows {key} as {row}"
                 )
+
+
+def note_holders(sim: Sim, operations: list[Operation]) -> None:
+    """Which disks have what was acknowledged: it may be lost with all of them, not before."""
+    held: dict[tuple[int, Version], set[int]] = {}
+    for host in sim.holding:
+        files = host.disk.files
+        assert files is not None
+        for rec in itertools.chain(files.log, *files.sides.values()):
+            held.setdefault((rec.write_id, rec.version), set()).add(files.id)
+    for one in operations:
+        if one.version is not None and one.holders is None:
+            one.holders = frozenset(held.get((one.write_id, one.version), ()))
 
 
 def run(
@@ -118,14 +138,19 @@ def run(
     count: int = 5,
     replicas: int = 3,
     moves: bool = True,
+    force: bool | None = None,
     bugs: frozenset[str] = frozenset(),
 ) -> Result:
     """A shard of so many replicas on `count` hosts under trouble for so long, then healed, quiet, and judged. With a planted
-    mistake the first broken law ends it."""
+    mistake the first broken law ends it. force: whether a primary may be forced; None: in each fourth seed."""
     sim = Sim(seed, count, replicas, bugs)
     history: list[Operation] = []
     clients = [Client(sim, history, number) for number in range(CLIENTS)]
-    nemesis = Nemesis(sim, moves=moves)
+    force = seed % 4 == 3 if force is None else force
+    nemesis = Nemesis(sim, moves=moves, force=force)
+    # By force a quorum's records may be cut, too: they are offered again as long as logs reach back to where they parted.
+    sim.log_keep_s = LOG_KEEP_S if force else 0.0
+    sim.on_force = lambda: note_holders(sim, history)
     while sim.now < seconds:
         sim.run(sim.now + 1.0)
         if bugs and sim.laws.violations:
@@ -215,6 +240,8 @@ def _lost(sim: Sim, leader: Host, acknowledged: list[Operation]) -> list[str]:
     there = {(rec.write_id, rec.version) for rec in log} | laws.superseded
     for one in acknowledged:
         if one.write_id in laws.aside or (one.ack == "primary" and one.disk in laws.destroyed):
+            continue
+        if one.holders is not None and one.holders <= laws.destroyed:
             continue
         if (one.write_id, one.version) not in there:
             wrong.append(f"lost: {one.op} {one.key} {tuple(one.version or ())} acknowledged as {one.ack}")

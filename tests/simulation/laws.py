@@ -14,6 +14,8 @@ Who = tuple[str, int]  # a host's name and the id of its replica
 class Laws:
     def __init__(self) -> None:
         self.violations: list[str] = []
+        # Epochs that were opened without a majority, because an operator said so.
+        self.forced: set[int] = set()
         # epoch → who opened it, under which placement.
         self.opened: dict[int, str] = {}
         self.placements: dict[int, Placement] = {}
@@ -26,7 +28,8 @@ class Laws:
         # Replicas that are no more: by a dismissal, or with their disk; and ids of the latter.
         self.wiped: set[Who] = set()
         self.destroyed: set[int] = set()
-        self._newest_acknowledged = 0
+        # Since which forced epoch (0: since the beginning) → the newest that has acknowledged anything.
+        self._newest_acknowledged: dict[int, int] = {}
         # key → the greatest version of a delete that a quorum has acknowledged.
         self.deleted: dict[str, Version] = {}
         # (write_id, version) of what was offered again when something newer had long taken its place.
@@ -55,6 +58,8 @@ class Laws:
         if first != name:
             self.broken("one-primary", f"epoch {epoch} opened by {first} and {name}")
         self.placements[epoch] = new
+        if epoch in self.forced:
+            return
         yes = self._promised.get(epoch, set())
         if before is None:
             if not set(new.voters) <= yes:
@@ -126,12 +131,21 @@ class Laws:
     # -- writes -----------------------------------------------------------------------------------------------------
 
     def on_acknowledge(self, epoch: int, by: str) -> None:
-        """`lease`: once a later primary has acknowledged anything, no earlier one does."""
-        if epoch < self._newest_acknowledged:
-            self.broken(
-                "lease", f"{by} acknowledges in {epoch}, {self._newest_acknowledged} has done so before"
-            )
-        self._newest_acknowledged = max(epoch, self._newest_acknowledged)
+        """`lease`: once a later primary has acknowledged anything, no earlier one does; but where a primary was forced, those
+        who do not know of it go on."""
+        since = self.forced_before(epoch)
+        newest = self._newest_acknowledged.get(since, 0)
+        if epoch < newest:
+            self.broken("lease", f"{by} acknowledges in {epoch}, {newest} has done so before")
+        self._newest_acknowledged[since] = max(epoch, newest)
+
+    def forced_before(self, epoch: int) -> int:
+        """The last forced epoch at or below that one; 0: none."""
+        return max((one for one in self.forced if one <= epoch), default=0)
+
+    def overruled(self, epoch: int) -> bool:
+        """Whether a primary above that epoch was forced."""
+        return any(one > epoch for one in self.forced)
 
 
 def _majority(voters: Sequence[Who], of: set[Who]) -> bool:

@@ -8,6 +8,8 @@ from node.placement import Placement
 from tests.simulation.planted import CONFIG
 from tests.simulation.shards import Host, Sim
 
+# So long nobody leads before an operator gives up waiting.
+FORCE_S = 2.0
 # How often trouble follows a moment at which something was promised.
 DANGER = {
     "acknowledged": 0.01,
@@ -47,8 +49,9 @@ class Nemesis:
     """Never so much trouble that the promises of docs/ownership.md do not hold any more: a disk is lost only while a majority of
     each placement that may be in force keeps theirs."""
 
-    def __init__(self, sim: Sim, *, moves: bool = True) -> None:
+    def __init__(self, sim: Sim, *, moves: bool = True, force: bool = False) -> None:
         self.sim, self.random, self.moves = sim, Random(sim.seed + 7), moves
+        self._troubles = TROUBLES | ({"desperate": 2} if force else {})
         self.stopped = False
         # While one that takes several steps is under way, no other comes between.
         self._calm_until = 0.0
@@ -90,7 +93,7 @@ class Nemesis:
         host = self.sim.hosts[self.random.choice(self.sim.names)]
         if self.sim.leading and self.random.random() < 0.4:
             host = self.sim.leading[0]
-        (trouble,) = self.random.choices(list(TROUBLES), weights=TROUBLES.values())
+        (trouble,) = self.random.choices(list(self._troubles), weights=self._troubles.values())
         getattr(self, trouble)(host)
 
     # -- processes and disks ----------------------------------------------------------------------------------------
@@ -290,6 +293,43 @@ class Nemesis:
             voters = [name for name in host.replica.placement.names if name != host.name]
             if voters:
                 host.mover.hand_over(host.replica, self.random.choice(voters))
+
+    def desperate(self, host: Host) -> None:
+        """One voter is left that an operator can reach: the others are down for long, or go on without it. It is made to lead."""
+        found = self._followers()
+        if found is None:
+            return
+        left, *others = self.random.sample([found[0], *found[1]], 3)
+        down = self.random.random() < 0.5
+        self._calm_until = self.sim.now + 1.0 + FORCE_S
+        if down:
+            for one in others:
+                one.crash()
+                self.sim.at(
+                    self.sim.now + FORCE_S + self.random.uniform(1.0, 4.0), lambda one=one: self.restart(one)
+                )  # type: ignore[misc]
+        else:
+            apart = {one.name for one in others}
+            self.sim.network.cut = lambda a, b: (a in apart) != (b in apart)
+        self.sim.at(self.sim.now + FORCE_S, lambda: self._force(left))
+        self.sim.at(self.sim.now + FORCE_S + self.random.uniform(0.5, 3.0), lambda: self.heal(left))
+
+    def _force(self, host: Host) -> None:
+        """As node/steering.py: not while anybody whom it reaches leads, or has more."""
+        replica, cut = host.replica, self.sim.network.cut
+        if not host.awake or host.full or replica is None or replica.founding:
+            return
+        asked = [self.sim.hosts[name] for name in replica.placement.names if name != host.name]
+        ends = [replica] + [
+            one.replica
+            for one in asked
+            if one.awake
+            and one.replica is not None
+            and not (cut is not None and (cut(one.name, host.name) or cut(host.name, one.name)))
+        ]
+        if any(one.leads for one in ends) or max(ends, key=lambda one: one.store.position) is not replica:
+            return
+        replica.force(max(max(one.election.seen, one.store.last.epoch) for one in ends))
 
     def wish(self, host: Host) -> None:
         """Another layout, told to one host, whatever is still on its way, and whoever is down."""

@@ -51,6 +51,8 @@ class Trouble:
     def __init__(self, sim: Sim) -> None:
         self.sim = sim
         self.random = sim.random
+        # Who proposes above another, until when.
+        self._dueling = "", 0.0
         sim.danger = self.danger
         sim.at(0.5, self.again)
 
@@ -63,15 +65,19 @@ class Trouble:
             (self.crash, self.crash, self.partition, self.one_way, self.lossy, self.slow_disk, self.disk)
         )()
 
-    def danger(self, host: Host, point: str) -> None:
+    def danger(self, host: Host, point: str, to: str) -> None:
         """Right after something was told: a crash, often a short one, or a cut."""
         sim, random = self.sim, self.random
         if not sim.trouble:
             return
         chance = random.random()
-        if point == "Promise" and chance < 0.1:
-            # A promise that is not on disk is forgotten before the ballot below it comes along.
-            self._restart(host, 0.002)
+        if point == "Promise" and (to, True) == (self._dueling[0], sim.now < self._dueling[1]):
+            # A promise that is not on disk is forgotten before the ballot below it comes along; what it was given for is later.
+            sim.late[to] = sim.now + 0.05, 0.03
+            if host.proposer is None:
+                self._restart(host, 0.0005)
+        elif point == "Promise" and chance < 0.4:
+            self._duel(host, to)
         elif point in ("Accept", "Learn") and chance < 0.1:
             # Whoever asked sees the connection break, and asks the same node again for something else.
             self._restart(host, 0.002)
@@ -80,6 +86,24 @@ class Trouble:
             self._restart(host, random.choice((0.05, 0.5)))
         elif chance < 0.13:
             self.isolate(host.name)
+
+    def _duel(self, host: Host, first: str) -> None:
+        """While an acceptor's promise is on its way to `first`, another proposes, too, above it: `first` asks late for what the
+        acceptors, which start again right after they have promised the other, must not do any more."""
+        sim, proposer, base = self.sim, self.sim.hosts[first].proposer, host.slot.layout
+        able = [
+            one
+            for one in sim.hosts.values()
+            if one.running and one.proposer is None and one.disk.slot.layout == base
+        ]
+        if proposer is None or base is None or not able or sim.now < self._dueling[1]:
+            return
+        second = self.random.choice([one for one in able if base.member(one.name) is None] or able)
+        # As if it had proposed and been refused before.
+        second.counter = max(second.counter, proposer._ballot.counter)
+        self._dueling = second.name, sim.now + 0.1
+        sim.late[first] = sim.now + 0.1, 0.015
+        Clients.ask(sim, second)
 
     def _restart(self, host: Host, seconds: float) -> None:
         if host.running:
@@ -215,12 +239,12 @@ def _last(sim: Sim, now: float) -> bool | None:
     if any(one is None or one.hash != newest.hash for one in layouts):
         sim.violations.append("heal: not everybody goes by the newest layout")
         return False
-    if sim.voters_left(newest) <= len(newest.members) // 2:
-        return None
     host = sim.hosts[newest.members[0].name]
     for begin in (now, now + 8.0):  # what a dead proposer has left behind is completed by the first
         base = host.disk.slot.layout
         assert base is not None
+        if sim.voters_left(base) <= len(base.members) // 2:
+            return None
         host.commit(changed(sim, base, ids=True))
         sim.run(begin + 8.0)
         if sim.tries[-1].outcome == "committed":

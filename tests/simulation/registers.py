@@ -8,6 +8,7 @@ docs/testing.md.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -17,6 +18,7 @@ from node.register import (
     Accept,
     Accepted,
     Ask,
+    Ballot,
     Done,
     Learn,
     Learned,
@@ -98,10 +100,15 @@ class Sim:
         self.trouble = True
         self.violations: list[str] = []
         self.tries: list[Try] = []
+        # (disk, version of the base) → the greatest ballot promised; (base, ballot) → what was to be accepted at it.
+        self._promised: dict[tuple[str, int], Ballot] = {}
+        self._proposed: dict[tuple[str, Ballot], str] = {}
         # version → the decided layout, as far as anybody has said so.
         self.decided: dict[int, Layout] = {}
-        # Told of moments at which a crash hurts most.
-        self.danger: Callable[[Host, str], None] = lambda host, point: None
+        # Told of moments at which a crash hurts most: of whom, after what was said, and to whom.
+        self.danger: Callable[[Host, str, str], None] = lambda host, point, to: None
+        # Whose messages are late: until when, and by how much.
+        self.late: dict[str, tuple[float, float]] = {}
         self.hosts = {name: Host(self, name) for name in NAMES}
         first = [Member(name=name, id=self.hosts[name].disk.id) for name in NAMES[:3]]
         self.first = Layout(
@@ -134,6 +141,9 @@ class Sim:
             delay = random.uniform(0.001, 0.01)
             if random.random() < 0.2:
                 delay *= random.choice((4.0, 10.0, 100.0))
+            until, by = self.late.get(source, (0.0, 0.0))
+            if until > self.now:
+                delay += random.uniform(0.7, 1.3) * by
             self.at(self.now + delay, lambda: do(host) if host.running else None)
 
     def note(self, layout: Layout) -> None:
@@ -146,6 +156,19 @@ class Sim:
             self.violations.append(
                 f"chain: version {layout.version} follows {layout.base}, not {before.hash}"
             )
+
+    def on_promise(self, disk: str, version: int, ballot: Ballot) -> None:
+        """Told by that disk's acceptor, as a promise or with an acceptance: `promise-binds`."""
+        least = self._promised.get((disk, version), NEVER)
+        if ballot < least:
+            self.violations.append(f"promise-binds: {disk} takes part in {ballot} after {least}")
+        self._promised[disk, version] = max(ballot, least)
+
+    def on_proposal(self, ask: Accept) -> None:
+        """`on-disk-first`: no ballot is used twice, also not after a restart."""
+        first = self._proposed.setdefault((ask.base.hash, ask.ballot), ask.value.hash)
+        if first != ask.value.hash:
+            self.violations.append(f"on-disk-first: {ask.ballot} is used for {first} and {ask.value.hash}")
 
     @property
     def newest(self) -> Layout:
@@ -174,7 +197,8 @@ class Host:
         self.life += 1
         self.running = True
         self.slot, self.counter = self.disk.slot, self.disk.counter
-        self._synced_at = self.sim.now
+        self._writes: deque[tuple[Slot, int, Callable[[], None]]] = deque()
+        self._written = self.slot, self.counter
         if "ballot-reused" in self.sim.bugs:
             self.counter = 0
         self.proposer = None
@@ -202,12 +226,19 @@ class Host:
         self.sim.at(self.sim.now + delay, run)
 
     def _sync(self, then: Callable[[], None]) -> None:
-        """Calls `then` when the state of now is on disk. Writes reach the disk in their order."""
-        slot, counter = self.slot, self.counter
-        took = self.sim.random.uniform(0.002, 0.01) * self.fsync_slow
-        self._synced_at = max(self._synced_at, self.sim.now) + took
+        """Calls `then` when the state of now is on disk. Writes reach the disk in their order, one after the other."""
+        self._writes.append((self.slot, self.counter, then))
+        if len(self._writes) == 1:
+            self._write()
+
+    def _write(self) -> None:
+        slot, counter, then = self._writes[0]
+        # What is there already costs nothing: an answer that changes nothing waits for those before it.
+        there = slot is self._written[0] and counter == self._written[1]
+        took = 0.0 if there else self.sim.random.uniform(0.002, 0.01) * self.fsync_slow
 
         def done() -> None:
+            self._written = slot, counter
             kept = slot
             if "acceptance-not-persisted" in self.sim.bugs:
                 kept = (
@@ -219,9 +250,14 @@ class Host:
                 promised = slot.accepted[0] if slot.accepted else NEVER
                 kept = replace(kept, promised=promised)
             self.disk.slot, self.disk.counter = kept, max(counter, self.disk.counter)
+            life = self.life
             then()
+            if self.life == life:
+                self._writes.popleft()
+                if self._writes:
+                    self._write()
 
-        self._later(self._synced_at - self.sim.now, done)
+        self._later(took, done)
 
     # -- acceptor -----------------------------------------------------------------------------------------------------
 
@@ -233,15 +269,20 @@ class Host:
         if self.slot is not before and isinstance(ask, Learn):
             self.sim.note(ask.layout)
         # Also an answer that changes nothing tells of a state that may still be on its way to the disk.
-        if self.slot is before and self._synced_at <= self.sim.now:
-            self._reply(source, reply)
+        if isinstance(reply, Promise | Accepted) and not isinstance(ask, Learn):
+            disk, version, ballot = self.disk.id, ask.base.version, reply.ballot
+            self._sync(lambda: self._promise(source, reply, disk, version, ballot))
         else:
             self._sync(lambda: self._reply(source, reply))
+
+    def _promise(self, to: str, reply: Reply, disk: str, version: int, ballot: Ballot) -> None:
+        self.sim.on_promise(disk, version, ballot)
+        self._reply(to, reply)
 
     def _reply(self, to: str, reply: Reply) -> None:
         self.sim.send(self.name, to, lambda host: host.on_reply(self.name, reply))
         if isinstance(reply, Promise | Accepted | Learned):
-            self.sim.danger(self, type(reply).__name__)
+            self.sim.danger(self, type(reply).__name__, to)
 
     def _gossip(self) -> None:
         self._later(GOSSIP_S, self._gossip)
@@ -295,6 +336,8 @@ class Host:
                 message = effect.message
                 if isinstance(message, Learn):
                     self.sim.note(message.layout)
+                elif isinstance(message, Accept):
+                    self.sim.on_proposal(message)
                 self.sim.send(
                     self.name, effect.to, lambda host, message=message: host.on_ask(self.name, message)
                 )  # type: ignore[misc]
@@ -306,7 +349,7 @@ class Host:
                 self.proposer = None
                 return
         if effects and isinstance(effects[0], Tell):
-            self.sim.danger(self, type(effects[0].message).__name__)
+            self.sim.danger(self, type(effects[0].message).__name__, effects[0].to)
         if self.proposer is proposer:
             when = proposer.next_deadline
             self._later(

@@ -3,6 +3,7 @@ After node/failover.py and node/shard.py. The two ends of the stream are in stre
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from node.election import (
     StepDown,
     Tell,
     Would,
+    forced_above,
 )
 from node.placement import Placement
 from storage.records import Version
@@ -51,8 +53,10 @@ class Replica:
         self.reign: Reign | None = None
         self.waits: list[Wait] = []
         self.flushing = False
-        # Our log up to here has been found in a later primary's, or is on a quorum: that much of it may be forgotten.
+        # Our log up to here is known to be on a quorum: that much of it may be forgotten.
         self.shared = 0
+        # (when, where the log ended), at each checkpoint.
+        self._aging: deque[tuple[float, int]] = deque(maxlen=64)
         # (who, replica id) as heard from; whom the first epoch will name.
         self._founding_ids: dict[str, int] = {}
         # Under which placement the next epoch is to be opened, when not under the present one.
@@ -144,6 +148,11 @@ class Replica:
             return False
         start = next(first for epoch, first in self.store.starts if epoch == reign.epoch)
         return reign.reached("quorum") >= start
+
+    def note_settled(self) -> int:
+        if self.reign is not None and self.settled:
+            self.shared = max(self.shared, self.reign.reached("quorum"))
+        return self.shared
 
     def may_acknowledge(self) -> bool:
         return self.election.may_acknowledge(self.host.clock)
@@ -260,6 +269,17 @@ class Replica:
         waits, self.waits = self.waits, []
         for wait in waits:
             wait.done(False)
+
+    def force(self, known: int) -> None:
+        """Lead as the only voter, without anybody's leave. known: the greatest epoch of those who could be asked."""
+        epoch = forced_above(known, self.sim.random)
+        if "forced-low" in self.bugs:
+            epoch = max(self.election.seen, self.election.bound) + 1
+        self._next = Placement((self.who,))
+        self.laws.forced.add(epoch)
+        self.sim.on_force()
+        self.point("forced")
+        self.act(self.election.force(epoch, self.host.clock))
 
     def change(self, new: Placement) -> bool:
         """As primary: open an epoch under that placement."""
@@ -390,8 +410,8 @@ class Replica:
 
     def _checkpoint(self) -> None:
         self.store.checkpoint()
-        if self.reign is not None:
-            self.shared = max(self.shared, self.reign.reached("quorum"))
+        self._aging.append((self.sim.now, self.store.synced))
+        old = max((end for at, end in self._aging if at <= self.sim.now - self.sim.log_keep_s), default=0)
         if self.sim.random.random() < 0.2:
-            self.store.forget(self.shared, self.sim.random)
+            self.store.forget(min(self.note_settled(), old), self.sim.random)
         self.later(CHECKPOINT_S, self._checkpoint)

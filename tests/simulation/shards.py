@@ -40,6 +40,7 @@ BUGS = (
     "dismissed-with-a-tail",
     "wiped-keeps-id",
     "leader-ignored",
+    "forced-low",
 )
 
 
@@ -78,6 +79,10 @@ class Sim:
         # Clients and moves rest until then.
         self.quiet_until = 0.0
         self.points: dict[str, int] = {}
+        # How long all of a log stays, at least.
+        self.log_keep_s = 0.0
+        # Called when a primary is forced, before it leads.
+        self.on_force: Callable[[], None] = lambda: None
         # Told of moments at which trouble hurts most: something has just been promised to somebody.
         self.danger: Callable[[Host, str], None] = lambda host, point: None
         self.hosts: dict[str, Host] = {}

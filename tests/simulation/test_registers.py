@@ -38,19 +38,20 @@ def test_a_seed_repeats_a_run_exactly() -> None:
 
 # A seed in which each planted mistake shows. A change of the machine or of the trouble moves them: `make soak` counts anew.
 NOTICED = {
-    "accept-without-promise-check": 5,
-    "promise-not-persisted": 691,
-    "acceptance-not-persisted": 6,
-    "old-majority-only": 57,
+    "accept-without-promise-check": 0,
+    "promise-not-persisted": 0,
+    "acceptance-not-persisted": 4,
+    "old-majority-only": 0,
     "new-majority-only": 0,
-    "ballot-reused": 144,
-    "compare-skipped": 1,
-    "amnesiac-votes": 21,
+    "ballot-reused": 33,
+    "compare-skipped": 3,
+    "amnesiac-votes": 0,
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_checker_notices_a_planted_mistake(bug: str) -> None:
+    """`on-disk-first`, `both-majorities`, `read-first`, `same-disk`: each mistake breaks one, and the chain with it."""
     # Beside the known seed its neighbours, so that a small change elsewhere does not ask for new numbers.
     first = NOTICED[bug]
     assert any(run(seed, frozenset([bug])).violations for seed in range(first, first + 20)), (
@@ -61,8 +62,8 @@ def test_the_checker_notices_a_planted_mistake(bug: str) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("bug", BUGS)
 def test_how_often_each_planted_mistake_is_noticed(bug: str) -> None:
-    count = sum(bool(run(seed, frozenset([bug])).violations) for seed in range(200))
-    print(f"| `{bug}` | {count} of 200 |")
+    count = sum(bool(run(seed, frozenset([bug])).violations) for seed in range(60))
+    print(f"| `{bug}` | {count} of 60 |")
     assert count >= 1 or bool(run(NOTICED[bug], frozenset([bug])).violations)
 
 

@@ -52,6 +52,14 @@ def test_a_shard_that_leaves_its_founders_is_not_founded_again() -> None:
         assert run(seed, count=7).violations == [], f"seed {seed}"
 
 
+@pytest.mark.parametrize("first", [3, 9, 11])
+def test_by_force_nothing_is_lost_but_with_all_disks_that_have_it(first: int) -> None:
+    """`forced-alone`: also when those who were given up go on, and come back."""
+    results = [run(seed, force=True, seconds=40) for seed in range(first, first + 2)]
+    assert [result.violations for result in results] == [[], []]
+    assert any(result.points.get("forced") for result in results), "too quiet to show anything"
+
+
 def test_a_seed_repeats_a_run_exactly() -> None:
     assert run(7, seconds=20) == run(7, seconds=20) != run(8, seconds=20)
 
@@ -80,6 +88,7 @@ NOTICED = {
     "dismissed-with-a-tail": 2,
     "wiped-keeps-id": 0,
     "leader-ignored": 0,
+    "forced-low": 3,
 }
 
 

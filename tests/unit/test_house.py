@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
@@ -20,6 +21,21 @@ def test_gmco_imports_none_of_ours() -> None:
             assert node.level == 0, "gmco is one file"
             names.add((node.module or "").split(".")[0])
     assert not names & OURS
+
+
+def test_each_law_of_the_docs_is_named_in_a_test() -> None:
+    """Where docs/ states a law by name, a test says which it shows; so none is only promised."""
+    laws: dict[str, str] = {}
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        inside = False
+        for line in page.read_text().splitlines():
+            inside = line.startswith("|") and (inside or line.startswith("| name | says |"))
+            found = re.match(r"\| `([a-z0-9-]+)` \|", line)
+            if inside and found:
+                laws[found[1]] = page.name
+    assert len(laws) > 50, "the tables of laws were not found"
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    assert not {law: page for law, page in laws.items() if f"`{law}`" not in tests}
 
 
 def test_each_installed_top_level_name_belongs_to_this_distribution() -> None:

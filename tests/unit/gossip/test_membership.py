@@ -60,6 +60,7 @@ def test_unknown(said_of_it: Claim, state: State | None, events: list[str]) -> N
 
 
 def test_an_unknown_one_who_is_down_is_tried_and_returns() -> None:
+    """`tried-forever`."""
     one = One(20)
     one.tell(said(DOWN, X, A))
     assert any(part.target == X for part in sent(one.run(20), Ping, home(X)))
@@ -312,6 +313,7 @@ def alive_claims(effects: list[Effect]) -> set[int]:
 
 
 def test_of_us_in_a_later_boot_stops_us() -> None:
+    """`supersede`."""
     one = One(20, boot=4)
     assert Superseded(5) in one.tell(Claim(ME, 5, 0, ALIVE, HOME, ME))
     assert Superseded(6) in one.tell(Ping(1, 0, 0), sender=ME, boot=6)
@@ -395,7 +397,7 @@ def test_what_others_keep_of_us_but_we_have_not_said_is_outbid() -> None:
 
 
 def test_the_largest_fact_is_told_beside_hot_ones() -> None:
-    """Half of a packet has no room for it, and hot facts ask for the other half all the time."""
+    """`hot-apart`: Half of a packet has no room for it, and hot facts ask for the other half all the time."""
     origins = range(100, 130)
     one = One(20, A, B, C, *origins)
     one.machine.set_fact(b"k" * 64, bytes(1_000), one.now)

@@ -289,6 +289,7 @@ def test_a_burst_at_the_former_life_does_not_kill_the_present_one(news: Claim) -
 
 
 def test_a_death_has_a_burst_before_it() -> None:
+    """`two-evidences`."""
     one = One(X, R, S, T)
     came = live(one, 15.0, X)
     events = [(at, effect) for at, effect in came if hasattr(effect, "kind")]
@@ -301,6 +302,7 @@ def test_a_death_has_a_burst_before_it() -> None:
 
 
 def test_a_stall_voids_the_probes_under_way_and_gives_suspicions_time() -> None:
+    """`self-doubt`."""
     one = One(X, R, S, T)
     until_probed(one, X)
     live(one, 0.9, X)

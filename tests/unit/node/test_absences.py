@@ -87,6 +87,7 @@ class Shard:
 
 
 def test_a_host_that_is_back_in_time_keeps_its_place_and_the_learner_goes() -> None:
+    """`place-kept`."""
     shard = Shard()
     shard.dead = {shard.victim}
     shard.run(AFTER_S + 30)
@@ -101,6 +102,7 @@ def test_a_host_that_is_back_in_time_keeps_its_place_and_the_learner_goes() -> N
 
 
 def test_a_host_that_stays_away_is_replaced_and_takes_its_place_once_it_has_lasted() -> None:
+    """`stand-in`."""
     shard = Shard()
     shard.dead = {shard.victim}
     shard.run(AFTER_S - EVERY_S)
@@ -117,7 +119,7 @@ def test_a_host_that_stays_away_is_replaced_and_takes_its_place_once_it_has_last
 
 
 def test_a_flapping_host_is_not_fought_over() -> None:
-    """Eleven minutes away, one minute there, all day: one copy is made for it, and one was given up when it was back in time."""
+    """`no-ping-pong`: away for eleven minutes, there for one, all day: one copy is made, and one was given up in time."""
     shard = Shard()
     for _ in range(40):
         shard.dead = {shard.victim}

@@ -167,6 +167,7 @@ def tail(epoch: int, after: int, *changes: Change, write_id: bytes = ONE) -> lis
 
 
 def test_an_offered_record_keeps_its_version_its_write_id_and_its_time(replica: Replica) -> None:
+    """`version-kept`."""
     commit(replica, WriteItem([change(50)], TWO), epoch=1)
     offered = tail(2, 1, change(1), change(2))
     made = commit(replica, OfferItem(offered))
@@ -193,6 +194,7 @@ def test_what_is_as_new_already_is_not_taken_again(replica: Replica) -> None:
 
 
 def test_what_was_purged_is_put_aside(replica: Replica) -> None:
+    """`quarantine`."""
     commit(replica, WriteItem([change(50)], TWO), epoch=4)
     replica.purge_floor = Version(3, 0)
     offered = tail(2, 1, change(1)) + tail(3, 5, change(2))

@@ -15,7 +15,7 @@ from node import layoutfile
 from node.bootstrap import Adopt, Create, Refuse, Seen, Wait, conflict, decide
 from node.facts import view_of
 from router.layout import Layout, LayoutError, Member, layout_from, place
-from storage.errors import ForeignDataError, FormatError
+from storage.errors import DamagedFileError, ForeignDataError, FormatError
 from tests.unit.node.test_facts import FACT
 
 
@@ -220,8 +220,8 @@ def test_the_file_holds_it_and_a_strange_one_is_refused(tmp_path: Path) -> None:
         layoutfile.load(path, cluster="other")
     good = path.read_text()
     for bad, error in (
-        (good.replace('"b"', '"x"'), layoutfile.DamagedLayoutError),
-        (good[:40], layoutfile.DamagedLayoutError),
+        (good.replace('"b"', '"x"'), DamagedFileError),
+        (good[:40], DamagedFileError),
         (good.replace('"format": 2', '"format": 3'), FormatError),
     ):
         path.write_text(bad)

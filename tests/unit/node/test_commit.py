@@ -92,6 +92,7 @@ async def test_one_items_error_is_its_own_and_a_flushs_error_is_everybodys(disk:
 
 @in_trio
 async def test_over_the_bound_is_refused_at_once_and_a_cancelled_waiter_frees_its_place(disk: Disk) -> None:
+    """`bounded`."""
     commit = GroupCommit(disk.flush, waiting_max=2)
     answers: dict[int, object] = {}
     scopes = {item: trio.CancelScope() for item in range(1, 4)}

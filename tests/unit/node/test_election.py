@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from node.election import (
+    FORCED_EVERY,
     FOUNDING_S,
     Ask,
     Effect,
@@ -20,6 +21,7 @@ from node.election import (
     Succeed,
     Tell,
     Would,
+    forced_above,
 )
 from storage.records import Version
 
@@ -50,6 +52,7 @@ def elected(now: float = 10.0) -> Election:
 
 
 def test_a_promise_is_on_disk_before_it_is_told() -> None:
+    """`promise-on-disk`."""
     one = replica()
     effects = one.on_message("a", Stand(2, Version(1, 5)), 10.0)
     assert effects == [Persist(2)]
@@ -67,6 +70,7 @@ def test_a_candidate_promises_itself_before_it_stands() -> None:
 
 
 def test_nothing_is_promised_for_a_lease_after_the_start() -> None:
+    """`start-wait`."""
     one = replica(now=100.0)
     (answer,) = told(one.on_message("a", Stand(2, Version(9, 9)), 100.0 + L - 0.01))
     assert isinstance(answer, Refuse)
@@ -75,6 +79,7 @@ def test_nothing_is_promised_for_a_lease_after_the_start() -> None:
 
 
 def test_a_promise_binds_to_no_lower_epoch() -> None:
+    """`promise-binds`."""
     one = replica(promised=5)
     (answer,) = told(one.on_message("a", Stand(5, Version(9, 9)), 10.0))
     assert answer == Refuse(5, 5, "promised")
@@ -152,6 +157,7 @@ def test_a_primary_without_a_majority_steps_down() -> None:
 
 
 def test_who_has_just_started_leads_nothing_whatever_its_log_says() -> None:
+    """`own-epoch`."""
     one = replica("a", promised=2, last=Version(2, 9))
     assert one.role is Role.FOLLOWER
     assert not one.may_acknowledge(100.0)
@@ -339,6 +345,34 @@ def test_a_forced_epoch_needs_nobody_but_the_own_disk() -> None:
     assert not one.may_acknowledge(10.1), "its lease still takes a majority"
     one.on_echo("a", 10.2)
     assert one.may_acknowledge(10.3)
+
+
+def test_who_has_heard_of_a_forced_primary_does_not_stand_beside_it() -> None:
+    """`forced-alone`: an epoch above the forced one might be one that its primary opens next, with another history."""
+    forced = forced_above(7, Random(1))
+    ends = [Version(1, 5)]
+    one = Election(
+        ElectionConfig(), "b", voters=VOTERS, promised=0, last=lambda: ends[-1], random=Random(1), now=0.0
+    )
+    one.on_message("a", Refuse(2, forced, "promised"), 10.0)
+    assert one.on_timer(10.0) == []
+    assert one.role is Role.FOLLOWER
+    later = one.next_deadline
+    assert later > 10.0
+    # It does not keep those who have not heard of it from going on.
+    assert one.on_message("a", Stand(2, Version(1, 5)), later) == [Persist(2)]
+    one.on_stream("c", forced, later)
+    ends.append(Version(forced, 6))
+    (asked, *_) = one.on_timer(one.next_deadline)
+    assert isinstance(asked, Tell)
+    assert asked.message == Ask(forced + 1, Version(forced, 6))
+
+
+def test_two_that_are_forced_apart_open_different_epochs() -> None:
+    drawn = [forced_above(12, Random(seed)) for seed in range(8)]
+    assert len(set(drawn)) >= 7
+    assert all(epoch % FORCED_EVERY == 0 and epoch > 12 for epoch in drawn)
+    assert forced_above(max(drawn) + 3, Random(1)) > max(drawn)
 
 
 def test_what_leads_is_forced_elsewhere_only_by_stepping_down_first() -> None:

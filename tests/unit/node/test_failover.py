@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from router.writing import Writer
 from storage.errors import ReplicaStoppedError
 from storage.records import Kind, Version
 from storage.replica import Replica
+from tests.unit.node import voters
 from tests.unit.node.peers import on_trio, until
 from tests.unit.node.voters import DIM, Site, Trio, View, change, three
 
@@ -159,6 +161,32 @@ async def test_a_primary_that_comes_back_cuts_what_nobody_else_has_keeps_it_asid
 
 
 @on_trio
+async def test_a_tail_is_kept_aside_however_old_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`unsettled-stays`: its segments are old and in a checkpoint, and nobody else has what is in them."""
+    monkeypatch.setattr(voters, "CONFIG", replace(voters.CONFIG, wal_keep_s=0.0))
+    async with three(tmp_path) as world:
+        old = world.leaders()[0]
+        await old.actor.write([change(i) for i in range(1_000)], "all", b"1" * 16, 2.0)
+        world.cut(old.name)
+        for part in (1_000, 2_000):
+            await old.actor.write(
+                [change(part + i) for i in range(1_000)], "primary", bytes(14) + part.to_bytes(2, "big"), 2.0
+            )
+        await old.actor.upkeep.checkpoint()
+        told = old.actor.replica.statistics()
+        assert told["log"]["segments"] > 2
+        assert told["log"]["first_sequence"] > 1, "what all have may go"
+        assert told["unsettled"] >= 2_000
+        await world.leader(4.0, among=[n for n in world.names if n != old.name])
+        await world.join()
+        await world.level()
+        (tail,) = old.actor.replica.side_files()
+        assert tail.records == 2_000
+
+
+@on_trio
 async def test_a_new_primary_has_every_write_that_a_quorum_acknowledged(tmp_path: Path) -> None:
     async with three(tmp_path) as world:
         old = world.leaders()[0]
@@ -262,7 +290,7 @@ async def test_a_replica_on_a_new_disk_follows_and_does_not_vote_until_an_epoch_
 
 @on_trio
 async def test_a_replica_on_a_new_disk_helps_nobody_to_win(tmp_path: Path) -> None:
-    """One voter is left of three, and one whose log is lost: that is no majority, whatever it says."""
+    """`learners-silent`: One voter is left of three, and one whose log is lost: that is no majority, whatever it says."""
     async with three(tmp_path) as world:
         leader = world.leaders()[0]
         emptied, voter = (site for site in world if site is not leader)

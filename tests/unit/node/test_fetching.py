@@ -154,6 +154,7 @@ async def test_side_files_and_quarantine_of_both_are_carried_over(tmp_path: Path
 async def test_it_never_takes_the_place_of_one_that_leads_is_ahead_or_has_promised_more(
     tmp_path: Path,
 ) -> None:
+    """`end-not-back`, `binds-alike`."""
     async with pair(tmp_path) as (follower, _, _, link):
         async with opened(link, 0, Version(0, 0)) as snapshot:
             follower.election.role = Role.PRIMARY
@@ -279,6 +280,7 @@ async def test_the_log_is_kept_from_where_an_open_snapshot_ends(tmp_path: Path) 
         held = told[2].sequence
         for at in range(10):
             put(primary.replica, 2, *range(at * 300, at * 300 + 300), seed=at)
+            primary.replica.settled = primary.replica.position.sequence
             primary.replica.checkpoint()
         assert primary.replica.fingerprint(held) is not None
         await snapshots.close("a", [told[0]])
@@ -343,7 +345,7 @@ class Crash(BaseException):
 def test_a_crash_while_installing_leaves_the_old_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    """`after`: at which of the system calls that change names or make them durable."""
+    """`old-or-new`: `after`: at which of the system calls that change names or make them durable."""
     directory = tmp_path / "shard-000"
     old = replica_at(directory, "a")
     put(old, 1, 1)

@@ -60,6 +60,7 @@ async def test_three_make_one_layout_and_a_fourth_adopts_it(tmp_path: Path) -> N
 
 @on_trio
 async def test_it_is_on_the_disk_before_anybody_hears_of_it(tmp_path: Path) -> None:
+    """`layout-first`."""
     hub = Hub()
     founder = Founder(hub, 1, "a", tmp_path, bootstrap=1)
     seen: list[bool] = []

@@ -21,8 +21,8 @@ from xxhash import xxh3_64_intdigest
 from node import promises
 from node.blocking import DedicatedThread
 from node.commit import CommitStoppedError
-from node.promises import DamagedPromisesError, Promises, load, save
-from storage.errors import FormatError
+from node.promises import Promises, load, save
+from storage.errors import DamagedFileError, FormatError
 from tests.unit.node.peers import on_trio
 
 KNOWN = {0: (7, 3), 16: (1 << 63, 1 << 40)}
@@ -187,11 +187,11 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     good = path.read_bytes()
     for place in range(len(good)):
         path.write_bytes(good[:place] + bytes([good[place] ^ 0x40]) + good[place + 1 :])
-        with pytest.raises(DamagedPromisesError):
+        with pytest.raises(DamagedFileError):
             load(path)
     for length in range(len(good)):
         path.write_bytes(good[:length])
-        with pytest.raises(DamagedPromisesError):
+        with pytest.raises(DamagedFileError):
             load(path)
 
 
@@ -203,7 +203,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
 def test_what_is_whole_and_no_list_of_promises_is_damage(tmp_path: Path, body: bytes) -> None:
     path = tmp_path / "promises"
     path.write_bytes(b"GMCOPROM" + struct.pack("<Q", xxh3_64_intdigest(body)) + body)
-    with pytest.raises(DamagedPromisesError):
+    with pytest.raises(DamagedFileError):
         load(path)
 
 

@@ -35,7 +35,7 @@ PULLS = st.builds(
     st.integers(0, BYTES_MAX), st.integers(0, WAIT_MS_MAX),
 )  # fmt: skip
 ANSWERS = st.one_of(
-    st.builds(Streamed, EPOCHS, TIMES, U64, U64, st.binary(max_size=50)),
+    st.builds(Streamed, EPOCHS, TIMES, U64, U64, st.binary(max_size=50), U64),
     st.builds(Forked, EPOCHS, TIMES, st.builds(Fork, st.builds(Version, U64, U64))),
     st.builds(NotPrimary, EPOCHS, st.text(max_size=20)),
 )
@@ -53,6 +53,10 @@ def over_the_wire(body: Any) -> Any:
 @given(PULLS)
 def test_a_pull_comes_back(pull: Pull) -> None:
     assert read_pull(over_the_wire(pull.body())) == pull
+
+
+def test_a_stream_of_a_build_that_does_not_say_what_is_on_a_quorum_is_read() -> None:
+    assert read_answer([STREAM, 1, 2.0, 3, 4, b""]) == Streamed(1, 2.0, 3, 4, b"", 0)
 
 
 @given(ANSWERS)

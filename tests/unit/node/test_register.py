@@ -40,6 +40,7 @@ OTHER = layout(2, "ab", ONE.hash)
 
 
 def test_an_acceptor_promises_and_accepts_nothing_below() -> None:
+    """`promise-binds`."""
     slot, reply = answer(Slot(ONE), "a", "a1", Prepare(ONE, Ballot(2, "x")))
     assert reply == Promise(Ballot(2, "x"), None)
     for ask in (Prepare(ONE, Ballot(1, "z")), Accept(ONE, Ballot(1, "z"), TWO)):
@@ -52,6 +53,7 @@ def test_an_acceptor_promises_and_accepts_nothing_below() -> None:
 
 
 def test_a_later_base_is_gone_by_and_an_earlier_one_is_told_so() -> None:
+    """`forward-only`."""
     slot = Slot(ONE, Ballot(9, "x"), (Ballot(9, "x"), TWO))
     after, reply = answer(slot, "a", "a1", Prepare(TWO, Ballot(1, "b")))
     assert after == Slot(TWO, Ballot(1, "b"))
@@ -63,6 +65,8 @@ def test_a_later_base_is_gone_by_and_an_earlier_one_is_told_so() -> None:
 
 
 def test_strangers_new_disks_and_other_layouts_are_refused() -> None:
+    """`same-disk`."""
+
     def reason(name: str, id_: str, base: Layout) -> str:
         slot, reply = answer(Slot(ONE), name, id_, Prepare(base, Ballot(1, "x")))
         assert slot == Slot(ONE)
@@ -93,6 +97,7 @@ MINE = Ballot(5, "a")
 
 
 def test_committed_takes_both_majorities() -> None:
+    """`both-majorities`."""
     made = proposer()
     assert not replies(made, "aa", Promise(MINE, None)), "one voter twice is one voter"
     assert replies(made, "b", Promise(MINE, None)) == [Tell(name, Accept(ONE, MINE, TWO)) for name in "abc"]
@@ -102,6 +107,7 @@ def test_committed_takes_both_majorities() -> None:
 
 
 def test_what_is_found_is_completed_and_then_it_is_a_conflict() -> None:
+    """`read-first`."""
     made = proposer()
     replies(made, "a", Promise(MINE, (Ballot(1, "z"), TWO)))
     told = replies(made, "b", Promise(MINE, (Ballot(2, "c"), OTHER)))
@@ -121,6 +127,7 @@ def test_stale_tells_what_has_become_of_it() -> None:
 
 
 def test_it_never_guesses() -> None:
+    """`never-guess`."""
     made = proposer(deadline=2.0)
     assert made.on_timer(2.0) == [Done("unavailable")]
     made = proposer(deadline=2.0)

@@ -26,10 +26,10 @@ from node.register import (
     Slot,
     Stale,
 )
-from node.registers import DamagedRegisterError, Register, load, open_register
+from node.registers import Register, load, open_register
 from router.layout import Layout, Member
 from router.planning import Change, first_layout, plan
-from storage.errors import ForeignDataError, FormatError
+from storage.errors import DamagedFileError, ForeignDataError, FormatError
 from tests.unit.node.gossips import FakeGossip, Hub
 from tests.unit.node.peers import on_trio, until
 from tests.unit.node.test_bootstrap import fact
@@ -194,8 +194,8 @@ def test_the_file_is_whole_or_refused(tmp_path: Path) -> None:
     assert load(path, cluster="c").slot(ONE).promised > Ballot(1 << 60, "z")
     good = path.read_bytes()
     for bad, error in (
-        (good.replace(b'"counter": 9', b'"counter": 8'), DamagedRegisterError),
-        (good[:30], DamagedRegisterError),
+        (good.replace(b'"counter": 9', b'"counter": 8'), DamagedFileError),
+        (good[:30], DamagedFileError),
         (good.replace(b'"format": 1', b'"format": 2'), FormatError),
     ):
         path.write_bytes(bad)
@@ -214,7 +214,7 @@ def test_placements_in_force_are_kept_apart_from_the_wish(tmp_path: Path) -> Non
     again = inforce.load(path, cluster="c", shard_count=4)
     assert again is not None
     assert dict(again) == dict(known)
-    with pytest.raises(inforce.DamagedPlacementsError):
+    with pytest.raises(DamagedFileError):
         inforce.load(path, cluster="c", shard_count=5)
     with pytest.raises(ForeignDataError):
         inforce.load(path, cluster="d", shard_count=4)
@@ -233,5 +233,5 @@ def test_staged_changes_survive_a_restart(tmp_path: Path) -> None:
     staged.save(path, changes)
     assert staged.load(path) == changes
     path.write_text(path.read_text()[:-9])
-    with pytest.raises(staged.DamagedStagedError):
+    with pytest.raises(DamagedFileError):
         staged.load(path)

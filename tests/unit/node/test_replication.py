@@ -136,6 +136,7 @@ def test_a_log_that_has_left_ours_is_told_where() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("bcd"), st.integers(0, 12), st.integers(0, 2)), max_size=40))
 def test_log_matching(pulls: list[tuple[str, int, int]]) -> None:
+    """`log-matching`."""
     progress = Progress("a", tuple("abcd"))
     progress.durable(10, 0.0)
     best = dict.fromkeys("bcd", 0)
@@ -163,6 +164,7 @@ def test_lag_counts_from_when_the_primary_passed_the_position() -> None:
 
 
 def test_a_follower_takes_only_what_follows_its_log() -> None:
+    """`no-gaps`."""
     last = Version(1, 5)
 
     def step(**change: int | None) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -106,6 +107,60 @@ async def test_it_follows_and_its_disk_counts(tmp_path: Path) -> None:
         async with following(primary, actor) as follower:  # level, and again
             await until(lambda: follower.state == "following")
             assert await write(primary, 1, 3.0, "all") == Version(1, 7)
+
+
+@on_trio
+async def test_both_logs_are_byte_for_byte_the_same(tmp_path: Path) -> None:
+    """`same-bytes`: puts, deletes, a user and the epoch's own record."""
+    async with replica_of("a", tmp_path / "a") as actor, primary_of(tmp_path / "b", actor) as primary:
+        async with following(primary, actor):
+            await write(primary, 20, 1.0, "all")
+            await primary.write(
+                [Change(Operation.DELETE, Kind.ITEM, 3, b"", (), b""), USER], "all", b"d" * 16, 2.0
+            )
+        logs = [one.replica.read_log(0, 1 << 20) for one in (primary, actor)]
+        assert logs[0] == logs[1]
+        assert len(logs[0]) > 20 * len(change(1).vector)
+
+
+@on_trio
+async def test_what_is_on_its_way_to_the_disk_is_not_streamed(tmp_path: Path) -> None:
+    """`durable-before-stream`: a follower hears of a record only when the primary's append has returned."""
+    async with replica_of("a", tmp_path / "a") as actor, primary_of(tmp_path / "b", actor) as primary:
+        async with following(primary, actor) as follower, trio.open_nursery() as nursery:
+            await until(lambda: follower.state == "following" and primary.note_settled() == 1)
+            hold, append = threading.Event(), primary.replica.append
+
+            def slow(blobs: list[bytes], rows: int) -> None:
+                hold.wait(20.0)
+                append(blobs, rows)
+
+            primary.replica.append = slow  # type: ignore[method-assign]
+            nursery.start_soon(write, primary, 1, 1.0)
+            await until(lambda: primary.end == 2)
+            # Its next pull and the one after are answered meanwhile.
+            for _ in range(2):
+                heard = follower._heard
+                await until(lambda heard=heard: follower._heard > heard)  # type: ignore[misc]
+            assert actor.replica.logged == 1
+            hold.set()
+            await until(lambda: actor.replica.logged == 2)
+
+
+@on_trio
+async def test_both_know_what_is_on_a_quorum_and_so_which_of_their_log_may_go(tmp_path: Path) -> None:
+    async with replica_of("a", tmp_path / "a") as actor, primary_of(tmp_path / "b", actor) as primary:
+        primary.election.on_echo("a", trio.current_time() + 60.0)  # a lease without a follower
+        await write(primary, 3, 1.0)
+        assert primary.note_settled() == 0, "nobody has pulled"
+        async with following(primary, actor):
+            end = (await write(primary, 2, 2.0, "all")).sequence
+            await until(lambda: primary.note_settled() == end)
+            await until(lambda: actor.replica.settled == end)
+        await write(primary, 3, 3.0)
+        assert primary.note_settled() == actor.replica.settled == end, "what it alone has is not"
+        await primary.upkeep.checkpoint()
+        assert primary.replica.statistics()["unsettled"] == 3
 
 
 @on_trio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def test_concurrent_writes_share_batches_and_keep_their_order(tmp_path: Path) ->
 
 
 def test_a_retry_in_the_same_batch_and_after_a_restart_is_applied_once(tmp_path: Path) -> None:
+    """`once`."""
+
     async def main() -> None:
         async with running(tmp_path) as actor:
             answers: list[Version] = []
@@ -148,6 +151,8 @@ def test_a_position_counts_only_in_this_epoch_and_of_the_replica_that_votes(tmp_
 
 
 def test_a_pull_is_answered_only_after_a_record_of_this_very_log(tmp_path: Path) -> None:
+    """`log-matching`."""
+
     async def main() -> None:
         async with (
             running(tmp_path / "a", ("a", "b")) as actor,
@@ -327,6 +332,28 @@ def test_a_write_that_is_on_its_way_to_the_disk_when_the_epoch_ends_is_unknown(t
                     hold.set()
             assert codes == ["outcome_unknown", "no_primary"]
             assert actor.replica.position.sequence >= 2, "what was on its way is in the log all the same"
+
+    trio.run(main)
+
+
+def test_a_write_whose_lease_ends_during_the_fsync_is_not_acknowledged(tmp_path: Path) -> None:
+    """`checked-twice`: it held when the write began, and does not when the disk is done; nobody can say what becomes of it."""
+
+    async def main() -> None:
+        async with running(tmp_path, ("a", "b", "c")) as actor:
+            append, lease_s = actor.replica.append, actor.election._config.lease_s
+
+            def slow(blobs: list[bytes], rows: int) -> None:
+                append(blobs, rows)
+                time.sleep(lease_s)
+
+            actor.replica.append = slow  # type: ignore[method-assign]
+            await pull(actor, "b", EMPTY)
+            assert actor.election.may_acknowledge(trio.current_time())
+            with pytest.raises(NodeError) as caught:
+                await actor.write([change(1)], "primary", b"1" * 16, lease_s + 0.5)
+            assert caught.value.code in ("outcome_unknown", "ack_timeout", "no_lease")
+            assert actor.replica.position == Version(1, 2), "it is in the log"
 
     trio.run(main)
 

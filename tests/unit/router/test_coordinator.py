@@ -250,6 +250,7 @@ def test_a_late_node_is_given_up_and_the_answer_stays_whole() -> None:
 
 
 def test_without_any_replica_the_answer_is_partial_and_in_time() -> None:
+    """`never-silent`."""
     world = World(1)
     world.nodes["c"].delay_s = 60.0
     reply = _run(world, _search(world, timeout_ms=200))

@@ -84,6 +84,7 @@ def said(members: list[Member], replication: int) -> dict[str, str]:
 
 
 def test_what_cannot_be_is_said_law_by_law() -> None:
+    """`said`."""
     one = said([Member(name="a")], 3)
     assert set(one) == {"replicas", "failover"}
     assert "there is 1: each shard has 1 replica" in one["replicas"]

@@ -42,6 +42,7 @@ def test_a_put_is_read_back_by_get_metadata_and_search(writer: Writer) -> None:
 
 
 def test_update_and_delete_leave_dead_rows_and_old_views_alone(writer: Writer) -> None:
+    """`one-writer`."""
     writer.put(1, 2)
     before = writer.replica.view
     writer.put(1, seed=100)
@@ -207,6 +208,7 @@ def test_foreign_data_is_refused(writer: Writer) -> None:
 
 
 def test_two_owners_are_refused(writer: Writer) -> None:
+    """`one-writer`."""
     with pytest.raises(StorageError, match="in use"):
         Replica.open(writer.directory, shard=3, node_id="n1", config=CONFIG)
 
@@ -309,6 +311,7 @@ def test_old_segments_go_after_a_checkpoint(writer: Writer) -> None:
     for base in range(0, 1000, 100):
         writer.put(*range(base, base + 100))
     segments = writer.replica.statistics()["log"]["segments"]
+    writer.replica.settled = writer.replica.position.sequence
     writer.replica.checkpoint()
     assert segments > 1
     assert writer.replica.statistics()["log"]["segments"] == 1

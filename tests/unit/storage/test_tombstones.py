@@ -39,6 +39,7 @@ def shown(replica: Replica) -> object:
 @pytest.mark.parametrize("how", ["crash", "reopen", "checkpoint", "begun", "compact"])
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_purge_removes_tombstones_up_to_its_floor(writer: Writer, how: str, saved: bool) -> None:
+    """`tombstones-stay`."""
     writer.put(*range(8))
     empty = Writer(writer.directory.with_name("without"))
     empty.put(*range(8))
