@@ -11,7 +11,7 @@ from router import coverage, requests
 from router.config import RouterConfig
 from router.errors import Code, RequestError, known
 from router.fanout import FanOut, Found
-from router.ports import Answers, Cluster, StoredRecord
+from router.ports import Answers, Asked, Cluster, Done, Node, StoredRecord
 from router.requests import Session
 from router.ring import shard_of
 from router.wire import Columns
@@ -19,6 +19,8 @@ from router.writing import Writer
 from storage.records import Kind
 
 __all__ = ["Coordinator", "RouterConfig"]
+
+Score = tuple[float, bytes]
 
 
 class Coordinator:
@@ -40,7 +42,11 @@ class Coordinator:
         }
 
     def statistics(self) -> dict[str, int]:
-        return dict(self._fanout.counters)
+        return self._fanout.statistics()
+
+    def peers(self) -> dict[str, dict[str, float]]:
+        """Of each node that was asked: latency, load and health as they were seen from here."""
+        return self._fanout.peers()
 
     async def handle(self, request: object) -> dict[str, Any]:
         """The reply's fields. Raises RequestError."""
@@ -85,16 +91,14 @@ class Coordinator:
         user, age_ms = await self._one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
 
-        async def ask(node: str, ids: Sequence[int], timeout_s: float) -> Answers[Any]:
-            return await self._cluster.node(node).score(
-                query, ids, request.metadata, request.session, timeout_s
-            )
+        def begin(node: Node, ids: Sequence[int], timeout_s: float, done: Done[Answers[Score]]) -> Asked:
+            return node.score(query, ids, request.metadata, request.session, timeout_s, done)
 
-        scored, scored_age_ms = await self._fanout.scatter(
-            list(dict.fromkeys(request.media_ids)), ask, deadline
+        scored, scored_age_ms = await self._fanout.look_up(
+            request.media_ids, begin, deadline, request.session
         )
         shard_count = self._cluster.shard_count
-        lost = {shard_of(i, shard_count): str(v) for i, v in scored.items() if isinstance(v, str)}
+        lost = {shard_of(i, shard_count): v for i, v in scored.items() if isinstance(v, str)}
         good = sorted(
             ((i, v) for i, v in scored.items() if isinstance(v, tuple)),
             key=lambda pair: (-pair[1][0], pair[0]),
@@ -105,7 +109,9 @@ class Coordinator:
             [v[1] for _, v in good] if request.metadata else None,
         )
         asked = {shard_of(i, shard_count) for i in scored}
-        reply = self._reply(Found(columns, list(lost), len(asked), lost, max(age_ms, scored_age_ms)))
+        found = Found(columns, lost, len(asked), max(age_ms, scored_age_ms))
+        found.check(require_full=request.require_full)
+        reply = self._reply(found)
         reply["unknown"] = [i for i, v in scored.items() if v is None]
         return reply
 
@@ -143,10 +149,12 @@ class Coordinator:
     ) -> Answers[StoredRecord]:
         """Records by id, in order, from all shards."""
 
-        async def ask(node: str, some: Sequence[int], timeout_s: float) -> Answers[Any]:
-            return await self._cluster.node(node).get(kind, some, session, timeout_s)
+        def begin(
+            node: Node, some: Sequence[int], timeout_s: float, done: Done[Answers[StoredRecord]]
+        ) -> Asked:
+            return node.get(kind, some, session, timeout_s, done)
 
-        found, age_ms = await self._fanout.scatter(list(dict.fromkeys(ids)), ask, deadline)
+        found, age_ms = await self._fanout.look_up(ids, begin, deadline, session)
         return Answers([found[i] for i in ids], age_ms)
 
     @staticmethod

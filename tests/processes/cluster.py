@@ -19,6 +19,8 @@ from admin.cluster import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 60.0
+# A machine that runs many tests at once stops a process for longer than the defaults allow a query to take.
+PATIENT = "[router]\ndeadline_ms = 2000\ntry_ms = 400"
 
 
 def free_ports(count: int) -> list[int]:
@@ -156,6 +158,7 @@ def member(
         f'[cluster]\nid = "test"\nshard_count = {shard_count}\nreplication = {replication}',
         f"seeds = [{listed}]\nbootstrap = {bootstrap}\n{settings}",
         f"[storage]\n{storage}",
+        "" if "[router]" in more else PATIENT,
         more,
     ]
     return Daemon(name, folder, "\n".join(lines) + "\n", app_port)

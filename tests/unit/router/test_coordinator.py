@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import outcome
 import pytest
 import trio
 import trio.testing
 
-from router import requests
+from router import coverage, requests
 from router.coordinator import Coordinator, RouterConfig
 from router.errors import RequestError
 from router.layout import Placement
 from router.ports import (
     Answers,
+    Asked,
+    Done,
     NodeError,
     NodeGoneError,
     SearchAsk,
@@ -44,6 +47,9 @@ class FakeNode:
         self.age_ms = 0
         self.damaged: set[int] = set()
         self.asked: list[tuple[int, ...]] = []
+        self.asks: list[SearchAsk] = []
+        self.timeouts_s: list[float] = []
+        self.cancelled = 0
         self.refuse: NodeError | None = None
         self.written: list[WriteAsk] = []
         self.break_writes = 0
@@ -56,47 +62,68 @@ class FakeNode:
         if scope.cancelled_caught:
             raise NodeError("deadline_exceeded", "late")
 
-    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
+    def _later(self, make: Callable[[], Any], timeout_s: float, done: Done[Any]) -> Asked:
+        """`make` after the gate, unless cancelled."""
+        scope = trio.CancelScope()
+
+        async def run() -> None:
+            result: Any
+            with scope:
+                try:
+                    await self._gate(timeout_s)
+                    result = outcome.Value(make())
+                except (NodeGoneError, NodeError) as error:
+                    result = outcome.Error(error)
+            if scope.cancelled_caught:
+                self.cancelled += 1
+            else:
+                done(result)
+
+        self.world.nursery.start_soon(run)
+        return scope
+
+    def search(self, ask: SearchAsk, timeout_s: float, done: Done[SearchReply]) -> Asked:
         self.asked.append(ask.shards)
+        self.asks.append(ask)
+        self.timeouts_s.append(timeout_s)
         if self.refuse is not None:
             raise self.refuse
-        return self._search(ask, timeout_s)
 
-    async def _search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
-        self.world.awaited.append([name for name, node in self.world.nodes.items() if node.asked])
-        await self._gate(timeout_s)
-        good = [s for s in ask.shards if s not in self.damaged]
-        ids, scores = self.world.top(good, ask.query, ask.k)
-        return SearchReply(
-            ids,
-            scores,
-            [str(i).encode() for i in ids],
-            dict.fromkeys(self.damaged & set(ask.shards), "damaged"),
-            self.age_ms,
-        )
+        def make() -> SearchReply:
+            good = [s for s in ask.shards if s not in self.damaged]
+            ids, scores = self.world.top(good, ask.query, ask.k)
+            metadata = [str(i).encode() for i in ids]
+            failed = dict.fromkeys(self.damaged & set(ask.shards), "damaged")
+            return SearchReply(ids, scores, metadata, failed, self.age_ms)
 
-    async def get(
-        self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
-    ) -> Answers[StoredRecord]:
-        await self._gate(timeout_s)
-        found = [
-            StoredRecord((1, 1), self.world.vectors[i].tobytes(), (), b"\x80")
-            if i in self.world.vectors
-            else None
-            for i in ids
-        ]
-        return Answers(found, self.age_ms)
+        return self._later(make, timeout_s, done)
 
-    async def score(
+    def get(
+        self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float, done: Done[Any]
+    ) -> Asked:
+        def make() -> Answers[StoredRecord]:
+            vectors = self.world.vectors
+            found = [
+                StoredRecord((1, 1), vectors[i].tobytes(), (), b"\x80") if i in vectors else None for i in ids
+            ]
+            return Answers(found, self.age_ms)
+
+        return self._later(make, timeout_s, done)
+
+    def score(
         self,
         query: npt.NDArray[np.float16],
         ids: Sequence[int],
         metadata: bool,
         session: Session,
         timeout_s: float,
-    ) -> Answers[tuple[float, bytes]]:
-        await self._gate(timeout_s)
-        return Answers([(float(i), b"") if i in self.world.vectors else None for i in ids], self.age_ms)
+        done: Done[Any],
+    ) -> Asked:
+        def make() -> Answers[tuple[float, bytes]]:
+            found = [(float(i), b"") if i in self.world.vectors else None for i in ids]
+            return Answers(found, self.age_ms)
+
+        return self._later(make, timeout_s, done)
 
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
         await self._gate(timeout_s)
@@ -123,8 +150,11 @@ class World:
         self.seen_down: set[str] = set()
         self.unwell: set[str] = set()
         self.lags: dict[str, int] = {}
-        # Whom a fan-out had asked when it began to wait for each answer.
-        self.awaited: list[list[str]] = []
+        self.far: set[str] = set()
+        # Sessions are behind on these shards of the coordinator's own.
+        self.behind: set[int] = set()
+        # Where what nodes do runs: set while a request is handled.
+        self.nursery: trio.Nursery
 
     def top(self, shards: Sequence[int], query: npt.NDArray[np.float16], k: int) -> tuple[Any, Any]:
         mine = [i for i in self.vectors if shard_of(i, SHARDS) in shards]
@@ -148,6 +178,18 @@ class World:
     def alive(self, name: str) -> bool:
         return name not in self.seen_down
 
+    def distance(self, name: str) -> int:
+        return (
+            coverage.FAR if name in self.far else coverage.HERE if name == self.local else coverage.SAME_ZONE
+        )
+
+    def load_s(self, name: str) -> float:
+        return 0.0
+
+    async def caught_up(self, shards: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
+        await trio.lowlevel.checkpoint()
+        return dict.fromkeys(self.behind & set(shards), "session_behind")
+
     def lags_ms(self, name: str) -> dict[int, int]:
         return dict.fromkeys(range(SHARDS), self.lags.get(name, 0))
 
@@ -168,9 +210,25 @@ def _search(world: World, k: int = 10, timeout_ms: float | None = None) -> reque
 
 def _run(world: World, request: object, **config: int) -> dict[str, Any]:
     coordinator = Coordinator(world, RouterConfig(**config), metric="dot")
-    clock = trio.testing.MockClock(autojump_threshold=0)
-    answer: dict[str, Any] = trio.run(coordinator.handle, request, clock=clock)
-    return answer
+
+    async def main() -> dict[str, Any]:
+        async with trio.open_nursery() as world.nursery:
+            answer = await coordinator.handle(request)
+            world.nursery.cancel_scope.cancel()
+        return answer
+
+    return _unwrapped(main)
+
+
+def _unwrapped(main: Callable[[], Awaitable[Any]]) -> Any:
+    """What main returns, in virtual time; a lone error of a nursery as itself."""
+    try:
+        return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from None
 
 
 def _expected(world: World, k: int) -> list[int]:
@@ -211,8 +269,9 @@ def test_a_node_that_breaks_loses_its_shards_to_their_other_replicas() -> None:
 
 def test_all_nodes_are_asked_before_any_is_waited_for() -> None:
     world = World(1)
-    _run(world, _search(world))
-    assert world.awaited == [["a", "b", "c"]] * 3
+    world.nodes["a"].delay_s = 60.0  # nothing that it does lets anybody wait
+    _run(world, _search(world, timeout_ms=50))
+    assert [len(node.asked) for node in world.nodes.values()] == [1, 1, 1]
 
 
 def test_a_node_that_refuses_at_once_loses_its_shards_to_their_other_replicas() -> None:
@@ -231,14 +290,15 @@ def test_what_changes_is_seen_by_the_next_fan_out_but_one_of_the_same_moment() -
     coordinator = Coordinator(world, RouterConfig(), metric="dot")
 
     async def main() -> None:
-        await coordinator.handle(_search(world))
-        world.seen_down = {"b"}
-        await trio.sleep(0.002)
-        before = len(world.nodes["b"].asked)
-        assert (await coordinator.handle(_search(world)))["coverage"]["missing"] == []
-        assert len(world.nodes["b"].asked) == before
+        async with trio.open_nursery() as world.nursery:
+            await coordinator.handle(_search(world))
+            world.seen_down = {"b"}
+            await trio.sleep(0.002)
+            before = len(world.nodes["b"].asked)
+            assert (await coordinator.handle(_search(world)))["coverage"]["missing"] == []
+            assert len(world.nodes["b"].asked) == before
 
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    _unwrapped(main)
 
 
 def test_a_late_node_is_given_up_and_the_answer_stays_whole() -> None:
@@ -411,8 +471,11 @@ def test_a_recommendation_is_as_old_as_its_user(monkeypatch: pytest.MonkeyPatch)
     user = next(i for i in world.vectors if world.placement(shard_of(i, SHARDS)).primary == "b")
     look_up = FakeNode.get
 
-    async def old(self: FakeNode, *args: Any) -> Answers[StoredRecord]:
-        return (await look_up(self, *args))._replace(age_ms=9_000)
+    def old(self: FakeNode, kind: Kind, ids: Any, session: Any, timeout_s: float, done: Done[Any]) -> Asked:
+        def aged(result: outcome.Outcome[Any]) -> None:
+            done(outcome.Value(result.unwrap()._replace(age_ms=9_000)))
+
+        return look_up(self, kind, ids, session, timeout_s, aged)
 
     monkeypatch.setattr(FakeNode, "get", old)
     request = requests.Recommend(
