@@ -237,7 +237,8 @@ class Gathering(Generic[R]):
     ) -> Send:
         rules = self._rules
         peer = self._peer(node)
-        limit_s = peer.try_s(rules.try_s)
+        # A peer that is known as slow gets more, but never so much that nobody else could be asked.
+        limit_s = min(peer.try_s(rules.try_s), max(rules.try_s, left_s / 2))
         alone = [s for s in shards if s in single or self._tries.get(s, 0) >= rules.retries]
         late_at = None
         if alone or limit_s >= left_s:

@@ -147,13 +147,14 @@ def member(
     shard_count: int = 4,
     settings: str = "",
     more: str = "",
+    region: str = "local",
 ) -> Daemon:
     """One node, not started. ports: peer and app; seeds: peer ports; settings: of the cluster; more: further sections."""
     folder.mkdir(parents=True, exist_ok=True)
     peer_port, app_port = ports
     listed = ", ".join(f'"127.0.0.1:{port}"' for port in seeds)
     lines = [
-        f'[node]\nname = "{name}"\ndata_dir = "{name}"\nzone = "{name}"',
+        f'[node]\nname = "{name}"\ndata_dir = "{name}"\nzone = "{name}"\nregion = "{region}"',
         f'[listen]\nhost = "127.0.0.1"\napp_port = {app_port}\npeer_port = {peer_port}',
         f'[cluster]\nid = "test"\nshard_count = {shard_count}\nreplication = {replication}',
         f"seeds = [{listed}]\nbootstrap = {bootstrap}\n{settings}",
@@ -175,8 +176,10 @@ def cluster(
     settings: str = "",
     more: str = "",
     name: str = "node",
+    regions: Sequence[str] = ("local",),
 ) -> Iterator[list[Daemon]]:
-    """`count` nodes, ready; killed at the end whatever happened. Each knows one seed only, the first of them."""
+    """`count` nodes, ready; killed at the end whatever happened. Each knows one seed only, the first of them. They stand in
+    the regions in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     ports = free_ports(2 * count)
     daemons = [
@@ -191,6 +194,7 @@ def cluster(
             shard_count=shard_count,
             settings=settings,
             more=more,
+            region=regions[i % len(regions)],
         )
         for i in range(count)
     ]

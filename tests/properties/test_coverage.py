@@ -33,7 +33,7 @@ def _rank(sight: Sight, shard: int) -> int:
     return 2 + lag if lag > LAG_MS_MAX else int(sight.unwell)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_every_shard_once_by_the_best_that_there_is(seed: int) -> None:
     random, voters, sights = _world(seed)
@@ -61,7 +61,7 @@ def test_every_shard_once_by_the_best_that_there_is(seed: int) -> None:
                 assert all(one.distance == FAR for one in living if _rank(one, shard) == best)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_of_equals_the_fewest_nodes_within_what_greedy_cover_promises(seed: int) -> None:
     random = Random(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.fairqueue import FairQueue, FullError
@@ -43,6 +43,7 @@ def test_when_it_is_full_the_least_important_goes_then_whoever_has_most() -> Non
     assert len(queue) == 4
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_its_laws(data: st.DataObject) -> None:
     bound = data.draw(st.integers(1, 12))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.breaker import OPEN_MAX_S, OPEN_S, RUN, WINDOW, Breaker
@@ -64,6 +64,7 @@ def test_a_probe_that_is_given_up_lets_the_next_be_it() -> None:
     assert breaker.began(OPEN_S)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["ask", "good", "bad", "none"]), st.floats(0, 3)), max_size=200))
 def test_it_never_locks_for_good_and_never_lets_two_probes_out(events: list[tuple[str, float]]) -> None:
     breaker, now = Breaker(), 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import trio.testing
 from router import coverage, requests
 from router.coordinator import Coordinator, RouterConfig
 from router.errors import RequestError
+from router.fanout import SOURCE
 from router.layout import Placement
 from router.ports import (
     Answers,
@@ -503,3 +505,179 @@ def test_a_refusal_after_a_lost_try_is_an_unknown_outcome(refusal: str, told: st
     with pytest.raises(RequestError) as caught:
         _run(world, _put([1]))
     assert caught.value.code == told
+
+
+def test_who_asks_for_all_is_told_what_is_missing_as_an_error() -> None:
+    world = World(1)
+    world.nodes["c"].down = True
+    request = dataclasses.replace(_search(world), require_full=True)
+    with pytest.raises(RequestError) as caught:
+        _run(world, request)
+    assert caught.value.code == "partial"
+    assert "2 of 6 shards" in caught.value.message
+    world.nodes["c"].down = False
+    assert _run(world, request)["coverage"]["answered"] == 6
+    # The user and one item on a, another item on b.
+    by_node = {
+        name: [i for i in world.vectors if world.primary(shard_of(i, SHARDS)) == name] for name in NAMES
+    }
+    batch = requests.Batch(
+        user_id=by_node["a"][0], media_ids=(by_node["a"][1], by_node["b"][0]), metadata=False, timeout_ms=None,
+        session=(), require_full=True,
+    )  # fmt: skip
+    assert len(_run(world, batch)["hits"].ids) == 2
+    world.nodes["b"].down = True
+    with pytest.raises(RequestError) as caught:
+        _run(world, batch)
+    assert caught.value.code == "partial"
+
+
+def test_nobody_at_all_is_an_error_that_says_why() -> None:
+    for world, code, retry_after_ms in ((World(2), "unavailable", None), (World(2), "overloaded", 80)):
+        for node in world.nodes.values():
+            node.down = True
+            node.refuse = NodeError("overloaded", "later", 80) if code == "overloaded" else None
+        with pytest.raises(RequestError) as caught:
+            _run(world, _search(world))
+        assert (caught.value.code, caught.value.retry_after_ms) == (code, retry_after_ms)
+
+
+def test_a_late_node_is_asked_for_no_longer_than_a_try_while_another_has_its_shards() -> None:
+    world = World(2)
+    world.nodes["a"].delay_s = 60.0
+    reply = _run(world, _search(world), hedge_percent=0)
+    assert reply["coverage"]["missing"] == []
+    assert world.nodes["a"].timeouts_s == [pytest.approx(0.03)]
+    # Of what only one has, it may take all the time there is.
+    world = World(1)
+    world.nodes["c"].delay_s = 0.09
+    assert _run(world, _search(world))["coverage"]["missing"] == []
+
+
+def test_what_only_one_has_is_waited_for_while_the_rest_is_asked_elsewhere() -> None:
+    world = World(2)
+    world.seen_down = {"b"}  # of shard 0 and 3 only a is left, of 2 and 5 c, too
+    world.nodes["a"].delay_s = 0.06
+    reply = _run(world, _search(world), hedge_percent=0)
+    assert reply["coverage"]["missing"] == []
+    assert reply["hits"].ids.tolist() == _expected(world, 10)
+
+
+def test_who_hangs_up_takes_back_what_was_asked() -> None:
+    world = World(1)
+    for node in world.nodes.values():
+        node.delay_s = 60.0
+    coordinator = Coordinator(world, RouterConfig(), metric="dot")
+
+    async def main() -> None:
+        async with trio.open_nursery() as world.nursery:
+            with trio.move_on_after(0.01):
+                await coordinator.handle(_search(world))
+            await trio.testing.wait_all_tasks_blocked()
+            assert [node.cancelled for node in world.nodes.values()] == [1, 1, 1]
+            assert all(one["in_flight"] == 0 for one in coordinator.peers().values())
+            assert not any(one["open"] for one in coordinator.peers().values())
+
+    _unwrapped(main)
+
+
+def test_a_hedge_takes_over_from_a_node_that_is_slower_than_usual_within_the_budget() -> None:
+    world = World(2)
+    coordinator = Coordinator(world, RouterConfig(), metric="dot")
+    took_s: list[float] = []
+
+    async def main() -> None:
+        async with trio.open_nursery() as world.nursery:
+            for number in range(400):
+                for node in world.nodes.values():
+                    node.delay_s = 0.001
+                if number >= 100 and number % 25 == 0:
+                    world.nodes["a"].delay_s = 0.02
+                began = trio.current_time()
+                reply = await coordinator.handle(_search(world))
+                took_s.append(trio.current_time() - began)
+                assert reply["coverage"]["missing"] == []
+                assert reply["hits"].ids.tolist() == _expected(world, 10)
+                await trio.sleep(0.002)
+
+    _unwrapped(main)
+    seen = coordinator.statistics()
+    assert 0 < seen["hedges"] <= 0.05 * seen["first_messages"]
+    assert max(took_s) < 0.01, "nobody waits for the slow one"
+    assert sum(node.cancelled for node in world.nodes.values()) == seen["needless"] > 0
+
+
+def test_a_node_that_fails_again_and_again_is_left_alone_and_tried_now_and_then() -> None:
+    world = World(3)
+    world.nodes["a"].down = True  # it would be asked first: it is the coordinator's own
+    coordinator = Coordinator(world, RouterConfig(), metric="dot")
+
+    async def main() -> None:
+        async with trio.open_nursery() as world.nursery:
+            for _ in range(20):
+                assert (await coordinator.handle(_search(world)))["coverage"]["missing"] == []
+                await trio.sleep(0.01)
+            assert len(world.nodes["a"].asked) == 5
+            await trio.sleep(1.0)
+            for _ in range(20):
+                await coordinator.handle(_search(world))
+                await trio.sleep(0.01)
+            assert len(world.nodes["a"].asked) == 6
+            world.nodes["a"].down = False
+            await trio.sleep(2.0)
+            for _ in range(20):
+                await coordinator.handle(_search(world))
+                await trio.sleep(0.01)
+            assert len(world.nodes["a"].asked) == 26
+            # When there is nobody else, it is asked whatever its breaker says.
+            world.nodes["a"].down = True
+            for _ in range(20):
+                await coordinator.handle(_search(world))
+                await trio.sleep(0.01)
+            world.nodes["a"].down = False
+            world.seen_down = {"b", "c"}
+            assert (await coordinator.handle(_search(world)))["coverage"]["missing"] == []
+
+    _unwrapped(main)
+
+
+def test_own_replicas_that_are_behind_a_session_leave_their_shards_to_others() -> None:
+    world = World(3)
+    world.behind = {1, 2}
+    request = dataclasses.replace(_search(world), session=((1, 1, 5), (2, 1, 7)))
+    reply = _run(world, request)
+    assert reply["coverage"]["missing"] == []
+    assert world.nodes["a"].asked == [(0, 3, 4, 5)]
+    assert sorted(s for name in "bc" for asked in world.nodes[name].asked for s in asked) == [1, 2]
+    world.behind = set(range(SHARDS))
+    world.seen_down = {"b", "c"}
+    with pytest.raises(RequestError) as caught:
+        _run(world, request)
+    assert caught.value.code == "session_behind"
+
+
+def test_far_away_is_asked_only_when_nobody_near_is_left_and_never_by_a_hedge() -> None:
+    world = World(2)
+    world.far = {"c"}
+    _run(world, _search(world))
+    assert sorted(s for asked in world.nodes["c"].asked for s in asked) == [], (
+        "a and b have every shard but none"
+    )
+    world.nodes["b"].delay_s = 60.0
+    reply = _run(world, _search(world))
+    assert reply["coverage"]["missing"] == []
+    assert world.nodes["c"].asked
+
+
+def test_urgency_and_source_travel_with_the_question() -> None:
+    world = World(1)
+    token = SOURCE.set(42)
+    try:
+        _run(world, dataclasses.replace(_search(world), priority=2))
+    finally:
+        SOURCE.reset(token)
+    asks = [ask for node in world.nodes.values() for ask in node.asks]
+    assert {(ask.priority, ask.source) for ask in asks} == {(2, 42)}
+    assert max(ask.k for ask in asks) < 10, (
+        "each holds a third of the shards, and hash sharding spreads the best"
+    )

@@ -6,7 +6,7 @@ import math
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.peers import SAMPLES_MIN, TOKENS_MAX, HedgeBudget, Peer
@@ -67,6 +67,7 @@ def test_what_is_not_its_fault_does_not_count_against_it() -> None:
     assert not peer.breaker.closed
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=300), st.floats(0, 20))
 def test_hedges_never_exceed_their_part_of_the_messages(
     steps: list[tuple[bool, int]], percent: float
