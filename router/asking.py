@@ -53,20 +53,20 @@ class Asking(Generic[R]):
                 if not self._came:
                     await self._sleep()
                 came, self._came = self._came, []
+                now = trio.current_time()
                 for id, what in came:
                     # A task that is woken by the first may find that the machine wants the second no more.
-                    if id in machine.open:
-                        await self._do(self._tell(id, what))
+                    if id in machine.open and (effects := self._tell(id, what, now)):
+                        await self._do(effects)
                 if not came:
-                    await self._do(machine.due(trio.current_time()))
+                    await self._do(machine.due(now))
         finally:
             for sent in self._out.values():
                 if sent.asked is not None:
                     sent.asked.cancel()
             machine.abandon()
 
-    def _tell(self, id: int, what: tuple[R, dict[int, str]] | Exception) -> list[Effect]:
-        now = trio.current_time()
+    def _tell(self, id: int, what: tuple[R, dict[int, str]] | Exception, now: float) -> list[Effect]:
         if isinstance(what, tuple):
             return self._machine.answered(id, *what, now)
         if isinstance(what, NodeError):

@@ -35,6 +35,8 @@ def choose(shard: int, voters: Sequence[str], sight: Callable[[str], Sight | Non
     freshest, and the answer says how old it may be. Of these the ones in this region, if any. `sight` of a dead node is
     None. Just `prefer`, when it is as good as any.
     """
+    if len(voters) == 1:
+        return list(voters) if sight(voters[0]) is not None else []
     if prefer in voters:
         seen = sight(prefer)
         if seen is not None and not seen.unwell and seen.lags_ms.get(shard, 0) <= LAG_MS_MAX:
@@ -80,24 +82,35 @@ def cover(
     """
     assigned: dict[str, list[int]] = {}
     missing: list[int] = []
-    holds: dict[str, list[int]] = {}
     left: dict[int, Sequence[str]] = {}
     for shard in shards:
         names = candidates(shard)
-        if prefer in names:
+        if len(names) == 1:
+            # Whoever must be asked anyway takes what it can.
+            assigned.setdefault(names[0], []).append(shard)
+        elif prefer in names:
             assigned.setdefault(prefer, []).append(shard)
         elif names:
             left[shard] = names
-            for name in names:
-                holds.setdefault(name, []).append(shard)
         else:
             missing.append(shard)
+    if not left:
+        return assigned, missing
+    holds: dict[str, list[int]] = {}
+    for shard, names in left.items():
+        for name in names:
+            holds.setdefault(name, []).append(shard)
     count = {name: len(some) for name, some in holds.items()}
+    forced = [name for name in assigned if name in count]
     while left:
-        most = max(count.values())
-        best = _lightest([name for name, covers in count.items() if covers == most], sight, draw)
+        if forced:
+            best = forced.pop()
+        else:
+            most = max(count.values())
+            best = _lightest([name for name, covers in count.items() if covers == most], sight, draw)
         taken = [shard for shard in holds[best] if shard in left]
-        assigned.setdefault(best, []).extend(taken)
+        if taken:
+            assigned.setdefault(best, []).extend(taken)
         for shard in taken:
             for name in left.pop(shard):
                 count[name] -= 1

@@ -179,10 +179,7 @@ class FanOut:
             voters: Sequence[str] = cluster.placement(shard).voters
             if failed:
                 voters = [name for name in voters if (name, shard) not in failed]
-            living = 0
-            for name in voters:
-                living += sight(name) is not None
-            if living < 2:
+            if len(voters) < 2 or sum([sight(name) is not None for name in voters]) < 2:
                 single.add(shard)
             return coverage.choose(shard, voters, sight, cluster.local)
 

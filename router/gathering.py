@@ -14,7 +14,7 @@ What a try may come to:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -79,6 +79,7 @@ class Answer(Generic[R]):
 @dataclass(slots=True)
 class _Try:
     node: str
+    peer: Peer
     shards: Sequence[int]
     k: int
     began: float
@@ -153,7 +154,7 @@ class Gathering(Generic[R]):
     def answered(self, id: int, reply: R, failed: Mapping[int, str], now: float) -> list[Effect]:
         """failed: shards for which that node has no answer, with the code that says why."""
         this = self.open.pop(id)
-        self._peer(this.node).answered(now - this.began, this.probe)
+        this.peer.answered(now - this.began, this.probe)
         good = [shard for shard in this.shards if shard not in failed] if failed else this.shards
         for shard, code in failed.items():
             self._failed.add((this.node, shard))
@@ -161,19 +162,19 @@ class Gathering(Generic[R]):
         rounds = 0
         if this.more_of is not None:
             rounds = self._withdraw(this.more_of).rounds + 1
-        again: Iterable[int] = failed
+        again: Collection[int] = failed
         if good and not self._accept(id, Answer(this.node, good, this.k, reply, rounds)):
             again = [*failed, *good]
         elif this.hedge and id in self.answers:
             self._counters.hedges_won += 1
         effects = self._cancel_needless() if self.doubled else []
         effects += self._lost(again, now)
-        return effects + self._check(now)
+        return effects if self.open else effects + self._check(now)
 
     def failed(self, id: int, code: str, now: float, retry_after_ms: int | None = None) -> list[Effect]:
         this = self.open.pop(id)
         hurried = this.timeout_s < self._rules.try_s / 2
-        self._peer(this.node).failed(now, now - this.began, code, this.probe, hurried=hurried)
+        this.peer.failed(now, now - this.began, code, this.probe, hurried=hurried)
         if retry_after_ms is not None:
             self.retry_after_ms = max(retry_after_ms, self.retry_after_ms or 0)
         if this.more_of is not None:
@@ -208,7 +209,7 @@ class Gathering(Generic[R]):
     def abandon(self) -> None:
         """Whoever asked has gone: the outcome of what is out says nothing about anybody."""
         for this in self.open.values():
-            self._peer(this.node).given_up(this.probe)
+            this.peer.given_up(this.probe)
         self.open.clear()
 
     # -- sending --------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ class Gathering(Generic[R]):
             k = tail.enough(k, len(shards), rules.total)
         return self._begin(
             _Try(
-                node, shards, k, now, limit_s, False, hedge, late_at=late_at,
+                node, peer, shards, k, now, limit_s, False, hedge, late_at=late_at,
                 hedge_at=now + after_s if after_s is not None and after_s < limit_s else None,
             )
         )  # fmt: skip
@@ -259,7 +260,7 @@ class Gathering(Generic[R]):
     def _begin(self, this: _Try) -> Send:
         self._ids += 1
         self._counters.messages += 1
-        this.probe = self._peer(this.node).began(this.began)
+        this.probe = this.peer.began(this.began)
         self.open[self._ids] = this
         return Send(self._ids, this.node, this.shards, this.k, this.timeout_s)
 
@@ -313,8 +314,10 @@ class Gathering(Generic[R]):
             del self.answered_by[shard]
         return answer
 
-    def _lost(self, shards: Iterable[int], now: float) -> list[Effect]:
+    def _lost(self, shards: Collection[int], now: float) -> list[Effect]:
         """To be asked for elsewhere, those that nobody has answered for and nobody is out for."""
+        if not shards:
+            return []
         todo: list[int] = []
         gone: list[int] = []
         out = {shard for this in self.open.values() for shard in this.shards} if self.open else ()
@@ -344,7 +347,7 @@ class Gathering(Generic[R]):
         effects: list[Effect] = []
         for id in needless:
             this = self.open.pop(id)
-            self._peer(this.node).given_up(this.probe)
+            this.peer.given_up(this.probe)
             self._counters.needless += 1
             effects.append(Cancel(id))
         return effects
@@ -377,10 +380,10 @@ class Gathering(Generic[R]):
                 self._give_up(answer.shards, "deadline_exceeded")
                 continue
             self._counters.more += 1
-            limit_s = min(left_s, self._peer(answer.node).try_s(self._rules.try_s))
-            effects.append(
-                self._begin(_Try(answer.node, answer.shards, wanted, now, limit_s, False, False, more_of=id))
-            )
+            peer = self._peer(answer.node)
+            limit_s = min(left_s, peer.try_s(self._rules.try_s))
+            this = _Try(answer.node, peer, answer.shards, wanted, now, limit_s, False, False, more_of=id)
+            effects.append(self._begin(this))
         return effects
 
     def _short(self, parts: Sequence[Part], merged: Merged) -> list[tuple[int, int]]:

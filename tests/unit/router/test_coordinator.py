@@ -581,12 +581,14 @@ def test_who_hangs_up_takes_back_what_was_asked() -> None:
     _unwrapped(main)
 
 
-def test_a_hedge_takes_over_from_a_node_that_is_slower_than_usual_within_the_budget() -> None:
+@pytest.mark.parametrize("percent", [5, 0])
+def test_a_hedge_takes_over_from_a_node_that_is_slower_than_usual_within_the_budget(percent: int) -> None:
     world = World(2)
-    coordinator = Coordinator(world, RouterConfig(), metric="dot")
-    took_s: list[float] = []
+    coordinator = Coordinator(world, RouterConfig(hedge_percent=percent), metric="dot")
+    waited = 0
 
     async def main() -> None:
+        nonlocal waited
         async with trio.open_nursery() as world.nursery:
             for number in range(400):
                 for node in world.nodes.values():
@@ -595,15 +597,20 @@ def test_a_hedge_takes_over_from_a_node_that_is_slower_than_usual_within_the_bud
                     world.nodes["a"].delay_s = 0.02
                 began = trio.current_time()
                 reply = await coordinator.handle(_search(world))
-                took_s.append(trio.current_time() - began)
+                waited += trio.current_time() - began > 0.01
                 assert reply["coverage"]["missing"] == []
                 assert reply["hits"].ids.tolist() == _expected(world, 10)
                 await trio.sleep(0.002)
 
     _unwrapped(main)
     seen = coordinator.statistics()
+    if not percent:
+        assert waited == 12
+        assert seen["hedges"] == 0
+        return
+    # One in twenty that are no slower than usual is hedged, too: that is what a p95 is, and it uses up the budget.
+    assert waited <= 4
     assert 0 < seen["hedges"] <= 0.05 * seen["first_messages"]
-    assert max(took_s) < 0.01, "nobody waits for the slow one"
     assert sum(node.cancelled for node in world.nodes.values()) == seen["needless"] > 0
 
 
