@@ -52,7 +52,7 @@ from router.ports import (
     WriteAsk,
     WriteReply,
 )
-from router.requests import Session
+from router.requests import PRIORITIES, Session
 from storage.errors import DamagedError, StorageError
 from storage.records import Kind, Operation, RecordError, split
 from storage.view import ClassConstraint
@@ -60,6 +60,8 @@ from storage.view import ClassConstraint
 # A reply in flight may come a little after its own time limit; better late than asked again.
 GRACE_S = 0.02
 GRACE_PART = 0.1
+K_MAX = 1 << 20
+LEFT_MAX_S = 3_600.0
 T = TypeVar("T")
 
 
@@ -183,6 +185,13 @@ def handlers(
 
     def search(peer: str, body: Any) -> Any:
         wanted, query, k, (every, some, none), metadata, session, priority, source, left_ms = body
+        # What the lane sorts and counts by: nothing odd may get in, or it ends the others' searches, too.
+        if type(k) is not int or not 1 <= k <= K_MAX or type(source) is not int:
+            raise ValueError(f"k is {k!r:.40}, source is {source!r:.40}")
+        left_s = float(left_ms) / 1000
+        if not 0 <= left_s <= LEFT_MAX_S:
+            raise ValueError(f"time left is {left_ms!r:.40} ms")
+        priority = min(max(0, int(priority)), len(PRIORITIES) - 1)
         ask = SearchAsk(
             tuple(wanted),
             np.frombuffer(query, np.float16),
@@ -194,8 +203,8 @@ def handlers(
             (peer, source),
         )
         if ask.session:
-            return search_after(ask, left_ms / 1000)
-        return Later(lambda done: local.search(ask, left_ms / 1000, done), pack_found)
+            return search_after(ask, left_s)
+        return Later(lambda done: local.search(ask, left_s, done), pack_found)
 
     async def search_after(ask: SearchAsk, left_s: float) -> Any:
         return pack_found(await local.search_after(ask, left_s))

@@ -381,7 +381,9 @@ class Gathering(Generic[R]):
                 continue
             self._counters.more += 1
             peer = self._peer(answer.node)
-            limit_s = min(left_s, peer.try_s(self._rules.try_s))
+            elsewhere = self._failed | {(answer.node, shard) for shard in answer.shards}
+            alone = self._choose(answer.shards, elsewhere, False).missing
+            limit_s = left_s if alone else min(left_s, peer.try_s(self._rules.try_s))
             this = _Try(answer.node, peer, answer.shards, wanted, now, limit_s, False, False, more_of=id)
             effects.append(self._begin(this))
         return effects
