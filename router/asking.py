@@ -10,9 +10,10 @@ import outcome
 import trio
 
 from router.coverage import Choice
-from router.gathering import Cancel, Effect, Gathering, Send
+from router.gathering import Gathering
 from router.ports import Asked, Cluster, Done, Node, NodeError, NodeGoneError, Outcome
 from router.requests import Session
+from router.tries import Cancel, Effect, Send
 
 R = TypeVar("R")
 # Asks a node for some shards; what comes of it goes to the callback.

@@ -19,7 +19,7 @@ from router.asking import Asking
 from router.config import RouterConfig
 from router.coverage import Choice, Sight
 from router.errors import RequestError, known
-from router.gathering import Counters, Failed, Gathering, Rules, Send
+from router.gathering import Gathering
 from router.merge import Merged, Part
 from router.peers import HedgeBudget, Peer
 from router.ports import (
@@ -33,6 +33,7 @@ from router.ports import (
 )
 from router.requests import Session
 from router.ring import shard_of
+from router.tries import Counters, Failed, Rules, Send
 from router.wire import Columns
 
 Query = npt.NDArray[np.float16]
@@ -215,7 +216,7 @@ class FanOut:
             k=request.k + len(drop),
             total=len(self._all),
         )
-        gathering = self._gathering(self._all, rules, _hits)
+        gathering = self._gathering(rules, _hits)
         await Asking(self._cluster, gathering, ask, _take_hits, request.session).run(self._choose_all())
         replies = [answer.reply for answer in gathering.answers.values()]
         assert gathering.merged is not None
@@ -254,7 +255,7 @@ class FanOut:
 
         shards = list(by_shard)
         rules = Rules(deadline, self._config.try_ms / 1000, self._config.retries)
-        gathering: Gathering[_Looked] = self._gathering(shards, rules, _no_hits)
+        gathering: Gathering[_Looked] = self._gathering(rules, _no_hits)
         choice = self._choose(shards, frozenset(), False)
         await Asking(self._cluster, gathering, ask, take, session).run(choice)
         found: dict[int, T | str | None] = {}
@@ -270,8 +271,8 @@ class FanOut:
                     found[id_] = one
         return found, age_ms
 
-    def _gathering(self, shards: Sequence[int], rules: Rules, hits: Callable[[R], Part]) -> Gathering[R]:
-        return Gathering(shards, rules, self._choose, self._peer, self._budget, self._counters, hits)
+    def _gathering(self, rules: Rules, hits: Callable[[R], Part]) -> Gathering[R]:
+        return Gathering(rules, self._choose, self._peer, self._budget, self._counters, hits)
 
 
 def _hits(reply: SearchReply) -> Part:

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -25,83 +24,14 @@ from router import merge, tail
 from router.coverage import Choice
 from router.merge import Merged, Part
 from router.peers import HedgeBudget, Peer
+from router.tries import Answer, Cancel, Counters, Effect, Failed, Rules, Send, Try
 
 # The last bit of a deadline is not worth a message.
 LEFT_MIN_S = 0.001
 # So often a part is asked for as many more as can matter; then for all that there can be.
 MORE_ROUNDS = 1
 
-Failed = AbstractSet[tuple[str, int]]
-
-
-class Send(NamedTuple):
-    """A message to send. k: how many hits are wanted; 0 in look-ups."""
-
-    id: int
-    node: str
-    shards: Sequence[int]
-    k: int
-    timeout_s: float
-
-
-class Cancel(NamedTuple):
-    """Nobody wants that message's answer any more."""
-
-    id: int
-
-
-Effect = Send | Cancel
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """deadline: absolute; total: shards of the cluster, of which each holds as much as any other."""
-
-    deadline: float
-    try_s: float
-    retries: int
-    k: int = 0
-    total: int = 1
-
-
-@dataclass(slots=True)
-class Answer(Generic[R]):
-    """What a node has answered for `shards`. Its hits are the best `asked` of them."""
-
-    node: str
-    shards: Sequence[int]
-    asked: int
-    reply: R
-    rounds: int = 0
-
-
-@dataclass(slots=True)
-class _Try:
-    node: str
-    peer: Peer
-    shards: Sequence[int]
-    k: int
-    began: float
-    timeout_s: float
-    probe: bool
-    hedge: bool
-    # When to ask others, too: for they may be faster; because it is late.
-    hedge_at: float | None = None
-    late_at: float | None = None
-    # The answer of which it asks for more.
-    more_of: int | None = None
-
-
-@dataclass(slots=True)
-class Counters:
-    messages: int = 0
-    retries: int = 0
-    hedges: int = 0
-    hedges_won: int = 0
-    more: int = 0
-    needless: int = 0
-    late: int = 0
 
 
 class Gathering(Generic[R]):
@@ -112,7 +42,6 @@ class Gathering(Generic[R]):
 
     def __init__(
         self,
-        shards: Sequence[int],
         rules: Rules,
         choose: Callable[[Sequence[int], Failed, bool], Choice],
         peer: Callable[[str], Peer],
@@ -120,7 +49,7 @@ class Gathering(Generic[R]):
         counters: Counters,
         hits: Callable[[R], Part],
     ) -> None:
-        self.open: dict[int, _Try] = {}
+        self.open: dict[int, Try] = {}
         self.answers: dict[int, Answer[R]] = {}
         self.answered_by: dict[int, int] = {}
         # Shard → the code that says why.
@@ -129,7 +58,6 @@ class Gathering(Generic[R]):
         self.incomplete: list[Answer[R]] = []
         self.merged: Merged | None = None
         self.retry_after_ms: int | None = None
-        self._shards = shards
         self._rules = rules
         self._choose, self._peer = choose, peer
         self._budget, self._counters = budget, counters
@@ -246,25 +174,25 @@ class Gathering(Generic[R]):
             if len(alone) < len(shards) and limit_s < left_s:
                 late_at = now + limit_s
             limit_s = left_s
-        after_s = None if hedge or not rules.k or len(alone) == len(shards) else peer.hedge_after_s()
+        after_s = None if hedge or len(alone) == len(shards) else peer.hedge_after_s()
         k = rules.k
         if k and not self._full and len(shards) < rules.total:
             k = tail.enough(k, len(shards), rules.total)
         return self._begin(
-            _Try(
+            Try(
                 node, peer, shards, k, now, limit_s, False, hedge, late_at=late_at,
                 hedge_at=now + after_s if after_s is not None and after_s < limit_s else None,
             )
         )  # fmt: skip
 
-    def _begin(self, this: _Try) -> Send:
+    def _begin(self, this: Try) -> Send:
         self._ids += 1
         self._counters.messages += 1
         this.probe = this.peer.began(this.began)
         self.open[self._ids] = this
         return Send(self._ids, this.node, this.shards, this.k, this.timeout_s)
 
-    def _hedge(self, this: _Try, now: float) -> list[Effect]:
+    def _hedge(self, this: Try, now: float) -> list[Effect]:
         elsewhere = self._failed | {(this.node, shard) for shard in this.shards}
         choice = self._choose(this.shards, elsewhere, True)
         # What it could not cover we would have to wait for anyway.
@@ -276,7 +204,7 @@ class Gathering(Generic[R]):
         self.doubled = True
         return self._send(choice, now, hedge=True)
 
-    def _late(self, this: _Try, now: float) -> list[Effect]:
+    def _late(self, this: Try, now: float) -> list[Effect]:
         """Those of its shards that somebody else has are asked for there; for the others it goes on."""
         self._counters.late += 1
         retries = self._rules.retries
@@ -384,7 +312,7 @@ class Gathering(Generic[R]):
             elsewhere = self._failed | {(answer.node, shard) for shard in answer.shards}
             alone = self._choose(answer.shards, elsewhere, False).missing
             limit_s = left_s if alone else min(left_s, peer.try_s(self._rules.try_s))
-            this = _Try(answer.node, peer, answer.shards, wanted, now, limit_s, False, False, more_of=id)
+            this = Try(answer.node, peer, answer.shards, wanted, now, limit_s, False, False, more_of=id)
             effects.append(self._begin(this))
         return effects
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from router import coverage, tail
 from router.coverage import Choice, Sight
-from router.gathering import Cancel, Counters, Effect, Failed, Gathering, Rules, Send
+from router.gathering import Gathering
 from router.merge import Part
 from router.peers import HedgeBudget, Peer
+from router.tries import Cancel, Counters, Effect, Failed, Rules, Send
 
 
 @dataclass
@@ -86,9 +87,7 @@ def run(world: World, k: int, retries: int, trouble: float) -> tuple[Gathering[H
 
     every = list(range(world.shards))
     rules = Rules(deadline=10.0, try_s=0.03, retries=retries, k=k, total=world.shards)
-    gathering: Gathering[Hits] = Gathering(
-        every, rules, world.choose, peer, budget, Counters(), lambda hits: hits
-    )
+    gathering: Gathering[Hits] = Gathering(rules, world.choose, peer, budget, Counters(), lambda hits: hits)
     out: dict[int, Send] = {}
     sent: list[Send] = []
     now = 0.0
