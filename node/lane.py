@@ -50,6 +50,8 @@ class LaneReply(NamedTuple):
     failed: dict[int, str]  # shard → error code
 
 
+# From this k on a shard is asked for its share; below it the engine is no faster for less (bench.few).
+FEW_FROM = 32
 BATCH_WEIGHT = 0.2
 RETRY_AFTER_MS = (10, 1_000)
 
@@ -251,7 +253,7 @@ class _BatchSearch:
         for place, ticket in enumerate(self._batch):
             ask = ticket.ask
             count = len(ask.replicas)
-            k = tail.enough(ask.k, 1, count) if count > 1 and ask.k > 0 else ask.k
+            k = tail.enough(ask.k, 1, count) if count > 1 and ask.k >= FEW_FROM else ask.k
             for replica in ask.replicas:
                 groups.setdefault((id(replica), k.bit_length()), (replica, []))[1].append((place, k))
         for replica, asked in groups.values():
@@ -299,7 +301,7 @@ class _BatchSearch:
         """Searches again, for all that there may be, in replicas that may go on among the best k (`exact-merge`)."""
         k = self._batch[place].ask.k
         found = self._found[place]
-        if len(found) < 2 or k < 1:
+        if len(found) < 2 or k < FEW_FROM:
             return False
         full = len(best.ids) >= k
         # What comes before this may go on among the best.
