@@ -2,8 +2,8 @@
 
 cpu_us: CPU of the lane's thread per search of 12 shards of 2,000 × 128 (exact engine, batches of 8, one thread), each asked for
 its share of k, against each asked for k. metadata_us: the same with metadata, when the node is asked for its share (3 of 100
-shards) of k = 50, against k; what a node's part of a wide fan-out costs it. bytes: of the replies of 34 nodes together for k = 50 with
-100 bytes of metadata each. In turns.
+shards) of k = 50, against k; what a node's part of a wide fan-out costs it. bytes: of the replies of 34 nodes together for
+k = 50 with 100 bytes of metadata each. In turns.
 """
 
 from __future__ import annotations
