@@ -161,7 +161,11 @@ class RemoteNode:
 
 def _search_reply(body: Any) -> SearchReply:
     ids, scores, metadata, failed, age_ms = body
-    return SearchReply(np.frombuffer(ids, "<u8"), np.frombuffer(scores, "<f4"), metadata, failed, age_ms)
+    reply = SearchReply(np.frombuffer(ids, "<u8"), np.frombuffer(scores, "<f4"), metadata, failed, age_ms)
+    lengths = {len(reply.ids), len(reply.scores), len(reply.ids if metadata is None else metadata)}
+    if len(lengths) > 1 or type(failed) is not dict or type(age_ms) is not int:
+        raise ValueError("columns of different lengths, or fields of wrong types")
+    return reply
 
 
 def _records(body: Any) -> Answers[StoredRecord]:

@@ -20,7 +20,7 @@ R = TypeVar("R")
 Ask = Callable[[Node, Send, Done[Any]], Asked]
 
 
-# What an answer is to the machine, and the shards for which it has none.
+# What an answer is to the machine, and those of the shards for which it has none. TypeError or ValueError: it does not fit them.
 Take = Callable[[Sequence[int], Any], tuple[R, dict[int, str]]]
 
 
@@ -41,8 +41,8 @@ class Asking(Generic[R]):
         self._cluster, self._machine = cluster, machine
         self._ask, self._take, self._session = ask, take, session
         self._out: dict[int, _Sent] = {}
-        # What came since the machine was told last.
-        self._came: list[tuple[int, tuple[R, dict[int, str]] | Exception]] = []
+        # What came since the machine was told last, and when.
+        self._came: list[tuple[int, float, tuple[R, dict[int, str]] | Exception]] = []
         # Set while asleep.
         self._task: trio.lowlevel.Task | None = None
 
@@ -54,13 +54,12 @@ class Asking(Generic[R]):
                 if not self._came:
                     await self._sleep()
                 came, self._came = self._came, []
-                now = trio.current_time()
-                for id, what in came:
+                for id, at, what in came:
                     # A task that is woken by the first may find that the machine wants the second no more.
-                    if id in machine.open and (effects := self._tell(id, what, now)):
+                    if id in machine.open and (effects := self._tell(id, what, at)):
                         await self._do(effects)
                 if not came:
-                    await self._do(machine.due(now))
+                    await self._do(machine.due(trio.current_time()))
         finally:
             for sent in self._out.values():
                 if sent.asked is not None:
@@ -95,14 +94,14 @@ class Asking(Generic[R]):
     def _send(self, send: Send, behind: dict[int, str]) -> None:
         id = send.id
         if not send.shards:
-            self._came.append((id, NodeError("session_behind", "no replica here has what the session saw")))
+            self._come(id, NodeError("session_behind", "no replica here has what the session saw"))
             return
         self._out[id] = _Sent(send.shards, behind, None)
         try:
             asked = self._ask(self._cluster.node(send.node), send, partial(self._done, id))
         except (NodeGoneError, NodeError) as error:
             del self._out[id]
-            self._came.append((id, error))
+            self._come(id, error)
         else:
             if id in self._out:
                 self._out[id] = _Sent(send.shards, behind, asked)
@@ -111,17 +110,27 @@ class Asking(Generic[R]):
         sent = self._out.pop(id)
         what: tuple[R, dict[int, str]] | Exception
         if isinstance(result, outcome.Value):
-            reply, failed = self._take(sent.shards, result.value)
-            what = (reply, failed | sent.behind if sent.behind else failed)
-            urgent = bool(failed) or self._machine.doubled
+            try:
+                reply, failed = self._take(sent.shards, result.value)
+            except (TypeError, ValueError) as error:
+                what, urgent = (
+                    NodeError("internal", f"an answer that does not fit its question: {error}"),
+                    True,
+                )
+            else:
+                what = (reply, failed | sent.behind if sent.behind else failed)
+                urgent = bool(failed) or self._machine.doubled
         else:
             assert isinstance(result.error, Exception)
             what, urgent = result.error, True
-        self._came.append((id, what))
+        self._come(id, what)
         # Woken once, when all is in; but what must be asked for elsewhere is at once.
         if self._task is not None and (urgent or len(self._came) >= len(self._machine.open)):
             task, self._task = self._task, None
             trio.lowlevel.reschedule(task)
+
+    def _come(self, id: int, what: tuple[R, dict[int, str]] | Exception) -> None:
+        self._came.append((id, trio.current_time(), what))
 
     async def _sleep(self) -> None:
         due = self._machine.next_due()

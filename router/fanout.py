@@ -150,7 +150,10 @@ class FanOut:
         """Of all shards, for a first try. Not to be changed: the requests of a frame share it."""
         now = trio.current_time()
         if now >= self._first[0] + SHARED_S:
-            self._first = (now, self._choose(self._all, frozenset(), False))
+            choice = self._choose(self._all, frozenset(), False)
+            # A peer that is tried after failures is for one request alone.
+            wary = any(not self._peer(name).breaker.closed for name in choice.assigned)
+            self._first = (-math.inf if wary else now, choice)
         return self._first[1]
 
     def _choose(self, shards: Sequence[int], failed: Failed, near: bool) -> Choice:
@@ -284,7 +287,7 @@ def _no_hits(reply: Any) -> Part:
 
 
 def _take_hits(shards: Sequence[int], reply: SearchReply) -> tuple[SearchReply, dict[int, str]]:
-    return reply, reply.failed
+    return reply, {shard: reply.failed[shard] for shard in shards if shard in reply.failed}
 
 
 def _columns(

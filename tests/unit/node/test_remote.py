@@ -46,8 +46,15 @@ async def test_odd_searches_are_refused_and_the_lane_goes_on() -> None:
 
 @on_trio
 async def test_an_answer_that_cannot_be_read_is_the_peers_failure() -> None:
-    async with linked({"search": lambda peer, body: ["?"]}) as (link, _):
+    good = [b"i" * 8, b"s" * 4, None, {}, 0]
+    bad: list[Any] = [["?"], None, 7, [b"i" * 16, *good[1:]], [b"i", *good[1:]], [*good[:2], [], {}, 0],
+                      [*good[:3], [], 0], [*good[:4], None]]  # fmt: skip
+    bodies = [*bad, good]
+    async with linked({"search": lambda peer, body: bodies.pop(0)}) as (link, _):
         ask = SearchAsk((0,), np.zeros(1, np.float16), 3, ClassConstraint(), False)
-        with pytest.raises(NodeError) as caught:
-            await answer(lambda done: RemoteNode("b", link).search(ask, 2.0, done))
-        assert caught.value.code == "internal"
+        for _ in bad:
+            with pytest.raises(NodeError) as caught:
+                await answer(lambda done: RemoteNode("b", link).search(ask, 2.0, done))
+            assert caught.value.code == "internal"
+        reply = await answer(lambda done: RemoteNode("b", link).search(ask, 2.0, done))
+        assert len(reply.ids) == 1

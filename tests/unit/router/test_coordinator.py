@@ -626,10 +626,10 @@ def test_a_node_that_fails_again_and_again_is_left_alone_and_tried_now_and_then(
                 await trio.sleep(0.01)
             assert len(world.nodes["a"].asked) == 5
             await trio.sleep(1.0)
-            for _ in range(20):
-                await coordinator.handle(_search(world))
-                await trio.sleep(0.01)
-            assert len(world.nodes["a"].asked) == 6
+            async with trio.open_nursery() as together:
+                for _ in range(20):
+                    together.start_soon(coordinator.handle, _search(world))
+            assert len(world.nodes["a"].asked) == 6, "one of them is the probe"
             world.nodes["a"].down = False
             await trio.sleep(2.0)
             for _ in range(20):
@@ -688,3 +688,36 @@ def test_urgency_and_source_travel_with_the_question() -> None:
     assert max(ask.k for ask in asks) < 10, (
         "each holds a third of the shards, and hash sharding spreads the best"
     )
+
+
+def test_of_each_node_its_own_time_is_taken_not_that_of_the_slowest() -> None:
+    world = World(1)
+    world.nodes["b"].delay_s, world.nodes["c"].delay_s = 0.005, 0.02
+    coordinator = Coordinator(world, RouterConfig(), metric="dot")
+
+    async def main() -> None:
+        async with trio.open_nursery() as world.nursery:
+            for _ in range(5):
+                await coordinator.handle(_search(world))
+
+    _unwrapped(main)
+    seen = coordinator.peers()
+    assert [seen[name]["mean_ms"] for name in NAMES] == pytest.approx([0, 5, 20])
+
+
+def test_an_answer_that_does_not_fit_its_question_is_a_failure_of_that_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(2)
+    look_up = FakeNode.get
+
+    def short(self: FakeNode, kind: Kind, ids: Any, session: Any, timeout_s: float, done: Done[Any]) -> Asked:
+        return look_up(self, kind, ids[1:] if self.name == "a" else ids, session, timeout_s, done)
+
+    monkeypatch.setattr(FakeNode, "get", short)
+    request = requests.Get(kind=Kind.ITEM, ids=tuple(range(1, 40)), vector=False, timeout_ms=None, session=())
+    assert all(_run(world, request)["records"])
+    world.nodes["b"].down = world.nodes["c"].down = True
+    with pytest.raises(RequestError) as caught:
+        _run(world, request)
+    assert caught.value.code in ("internal", "unavailable")
