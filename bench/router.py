@@ -12,6 +12,7 @@ same size to a request of the same size, in turns. `vs_grpc_three`: the same thr
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import statistics
@@ -31,6 +32,7 @@ from bench.grpc_echo import METHOD
 from bench.harness import arguments, figure, interleaved, say
 from bench.peers34 import hello
 from node.config import Address
+from node.main import GC_THRESHOLD
 from node.peerlink import PeerLink
 from node.remote import RemoteNode
 from router import coverage, requests
@@ -248,6 +250,10 @@ def cpu_ms_34(quick: bool) -> None:
         [sys.executable, "-m", "bench.peers34", str(NODES_34)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as peers:
         assert peers.stdout is not None
+        # As the daemon does when it starts.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLD)
         spent, counters = trio.run(coordinate, json.loads(peers.stdout.readline()), queries, runs)
         assert peers.stdin is not None
         peers.stdin.close()

@@ -19,8 +19,7 @@ from storage.view import ClassConstraint
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class SearchAsk:
+class SearchAsk(NamedTuple):
     """One query for some shards of one node. query: float16 [dim]."""
 
     shards: tuple[int, ...]
