@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 Ack = Literal["primary", "quorum", "all"]
+Priority = Literal["interactive", "batch", "prefetch"]
 Session = Sequence[tuple[int, int, int]]
 _Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 Vector = Any
@@ -102,7 +103,7 @@ _CLASSES: dict[str, type[GmcoError]] = {
     **dict.fromkeys(["unknown_user", "unknown_item", "unknown_node"], NotFound),
     **dict.fromkeys(["overloaded", "indexing"], Overloaded),
     **dict.fromkeys(
-        ["unavailable", "shutting_down", "no_lease", "no_primary", "session_behind"], Unavailable
+        ["unavailable", "shutting_down", "no_lease", "no_primary", "session_behind", "partial"], Unavailable
     ),
     "deadline_exceeded": DeadlineExceeded,
 }
@@ -152,11 +153,12 @@ class Hit:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many shards answered. `missing` ones could not: the hits are then the best of the others."""
+    """How many shards answered. `missing` ones could not, for `reason`: the hits are then the best of the others."""
 
     answered: int
     total: int
     missing: tuple[int, ...] = ()
+    reason: str = ""
 
     @property
     def complete(self) -> bool:
@@ -334,7 +336,9 @@ def _answer(reply: dict[str, Any]) -> Answer:
         [None] * count if packed is None else [_metadata(p) for p in packed]
     )
     raw = reply.get("coverage")
-    coverage = Coverage(raw["answered"], raw["total"], tuple(raw["missing"])) if raw else None
+    coverage = None
+    if raw:
+        coverage = Coverage(raw["answered"], raw["total"], tuple(raw["missing"]), raw.get("reason", ""))
     return Answer(list(map(Hit, ids, scores, metadata)), coverage, reply.get("stale_ms"))
 
 
@@ -354,7 +358,9 @@ def _written(reply: dict[str, Any], write_id: bytes) -> Written:
 class Client:
     """Made by `connect`. Methods may be called from many tasks at once; all raise GmcoError.
 
-    `timeout_s` bounds a call with all its retries. Reads are tried on another node when one is gone or refuses; writes too,
+    `timeout_s` bounds a call with all its retries. A node takes at most its `router.deadline_ms` (100 ms by default) for a read,
+    unless the call gives a `timeout_s` of its own; what some shards cannot answer by then is missing (`Answer.coverage`), or
+    with `require_full` the error `partial`. Reads are tried on another node when one is gone or refuses; writes too,
     with the same write_id, so that a retry is never applied twice.
     """
 
@@ -485,10 +491,12 @@ class Client:
         exclude: Sequence[int] = (),
         metadata: bool = True,
         session: Session = (),
+        priority: Priority = "interactive",
+        require_full: bool = False,
         timeout_s: float | None = None,
     ) -> Answer:
         """The k best items for a user, among those that the class ids allow."""
-        fields = _query(k, require_all, require_any, exclude, metadata, session)
+        fields = _query(k, require_all, require_any, exclude, metadata, session, priority, require_full)
         return _answer(await self._call("recommend", {"user_id": user_id, **fields}, timeout_s, bounded=True))
 
     async def similar(
@@ -503,10 +511,12 @@ class Client:
         exclude: Sequence[int] = (),
         metadata: bool = True,
         session: Session = (),
+        priority: Priority = "interactive",
+        require_full: bool = False,
         timeout_s: float | None = None,
     ) -> Answer:
         """The k items nearest to `media_id`, or to all of `positive` and away from `negative`."""
-        fields = _query(k, require_all, require_any, exclude, metadata, session)
+        fields = _query(k, require_all, require_any, exclude, metadata, session, priority, require_full)
         fields["positive"] = [*([] if media_id is None else [media_id]), *positive]
         fields["negative"] = list(negative)
         return _answer(await self._call("similar", fields, timeout_s, bounded=True))
@@ -521,10 +531,12 @@ class Client:
         exclude: Sequence[int] = (),
         metadata: bool = True,
         session: Session = (),
+        priority: Priority = "interactive",
+        require_full: bool = False,
         timeout_s: float | None = None,
     ) -> Answer:
         """The k items nearest to a vector."""
-        fields = _query(k, require_all, require_any, exclude, metadata, session)
+        fields = _query(k, require_all, require_any, exclude, metadata, session, priority, require_full)
         (fields["vector"],), dtype = _vectors([vector])
         return _answer(await self._call("search", fields | dtype, timeout_s, bounded=True))
 
@@ -535,10 +547,12 @@ class Client:
         *,
         metadata: bool = False,
         session: Session = (),
+        require_full: bool = False,
         timeout_s: float | None = None,
     ) -> Answer:
         """Scores of given items for a user; items that do not exist are left out."""
         fields = {"user_id": user_id, "media_ids": list(media_ids), "metadata": metadata}
+        fields |= _wishes("interactive", require_full)
         fields["session"] = [list(one) for one in session]
         return _answer(await self._call("batch", fields, timeout_s, bounded=True))
 
@@ -795,8 +809,10 @@ def _query(
     exclude: Sequence[int],
     metadata: bool,
     session: Session,
+    priority: Priority,
+    require_full: bool,
 ) -> dict[str, Any]:
-    return {
+    fields: dict[str, Any] = {
         "k": k,
         "require_all": list(require_all),
         "require_any": list(require_any),
@@ -804,6 +820,13 @@ def _query(
         "metadata": metadata,
         "session": [list(one) for one in session],
     }
+    return fields | _wishes(priority, require_full)
+
+
+def _wishes(priority: Priority, require_full: bool) -> dict[str, Any]:
+    """What is not as a node takes it to be when nothing is said."""
+    wishes: dict[str, Any] = {} if priority == "interactive" else {"priority": priority}
+    return wishes | {"require_full": True} if require_full else wishes
 
 
 async def _open(url: str) -> tuple[_Stream, str, str]:

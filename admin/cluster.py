@@ -83,6 +83,8 @@ def config_toml(index: int, ports: Sequence[Ports], cluster_id: str, shard_count
     if len(ports) > 1:
         lines += [f'seeds = ["127.0.0.1:{ports[index - 1].peer}"]', f"bootstrap = {len(ports)}"]
     lines += [""]
+    # A laptop that is busy with something else is not to show half an answer.
+    lines += ["[router]", "deadline_ms = 2000", "try_ms = 400", ""]
     lines += ["[storage]", "dim = 1024", 'engine = "exact"', "threads = 1", "", "[log]", 'level = "info"', ""]
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from node.config_reader import ConfigError, read_section
+from router.config import RouterConfig
 from router.layout import REPLICATION_MAX
 from storage.config import StorageConfig
 
@@ -157,6 +158,7 @@ class Config:
     gossip: GossipSettings = GossipSettings()
     storage: StorageConfig = field(default_factory=StorageConfig)
     limits: LimitsConfig = LimitsConfig()
+    router: RouterConfig = field(default_factory=RouterConfig)
     repair: RepairConfig = RepairConfig()
     log: LogConfig = LogConfig()
     warnings: tuple[str, ...] = ()

@@ -48,7 +48,7 @@ from node.snapshots import Snapshots
 from node.status import READY, Parts, own_status
 from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
-from router.coordinator import Coordinator, RouterConfig
+from router.coordinator import Coordinator
 from router.errors import RequestError
 from router.layout import Layout
 from router.operating import Operating
@@ -362,7 +362,7 @@ class Daemon:
         cluster = GossipCluster(
             parts.members, placements, local, links, shards, holdings.replicators, parts.flags, duty.rests
         )
-        parts.coordinator = Coordinator(cluster, RouterConfig(), metric=config.storage.metric)
+        parts.coordinator = Coordinator(cluster, config.router, metric=config.storage.metric)
         device = Watched(Health.DEVICE, "the search lane", lane_thread.statistics)
         parts.health = publisher.health = HealthWatch(
             lambda: [*holdings.watched(), device], publisher.on_health

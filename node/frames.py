@@ -19,12 +19,16 @@ import msgpack
 
 MAGIC = b"GMCOpeer"
 # 2: a pull names the last record by its checksum, and answers say how old they may be.
-FORMAT_MIN = 2
-FORMAT_MAX = 2
+# 3: an asker takes a read back, and a search says how urgent it is and for whom.
+FORMAT_MIN = 3
+FORMAT_MAX = 3
 HELLO_BYTES_MAX = 4 << 10
 HEADER = struct.Struct("<I")
 
-REQUEST, REPLY, ERROR, HEARTBEAT = range(4)
+# CANCEL: the asker wants no answer to that request any more; it may come nevertheless.
+REQUEST, REPLY, ERROR, HEARTBEAT, CANCEL = range(5)
+# What coordinators ask for apps that read; only these can be cancelled.
+READS = frozenset({"search", "get", "score"})
 
 BROKEN_MSGPACK = (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException)
 

@@ -22,6 +22,8 @@ class Links:
         self._members = members
         self._hello, self._limits, self._supervisor = hello, limits, supervisor
         self._links: dict[str, PeerLink] = {}
+        # Where members were that have gone since.
+        self._regions: dict[str, str] = {}
         self._changed = trio.Event()
         members.watch.append(self._on_event)
 
@@ -34,6 +36,19 @@ class Links:
     def connected(self, name: str) -> bool:
         link = self._links.get(name)
         return link is not None and link.connected
+
+    def read_bytes(self) -> dict[str, dict[str, int]]:
+        """Of the reads that this node has asked other nodes for: bytes there and back, by "region>region"."""
+        own = self._members.own.region
+        pairs: dict[str, dict[str, int]] = {}
+        for name, link in self._links.items():
+            known = self._members.get(name)
+            if known is not None and known.fact is not None:
+                self._regions[name] = known.fact.region
+            pair = pairs.setdefault(f"{own}>{self._regions.get(name, '?')}", {"out": 0, "in": 0})
+            pair["out"] += link.read_bytes_out
+            pair["in"] += link.read_bytes_in
+        return pairs
 
     async def add(self, name: str) -> PeerLink:
         """The link to that member, known already or not."""

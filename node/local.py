@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import outcome
 import trio
 
 from node.commit import OverloadedError
-from node.lane import LaneAsk, LaneTicket, LaneTimeoutError, SearchLane
+from node.lane import LaneAsk, LaneReply, LaneStoppedError, LaneTicket, LaneTimeoutError, SearchLane
 from node.replicator import Replicator
 from node.shard import ShardActor
-from router.ports import Answers, NodeError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
+from router.ports import (
+    Answers,
+    Asked,
+    Done,
+    NodeError,
+    SearchAsk,
+    SearchReply,
+    StoredRecord,
+    WriteAsk,
+    WriteReply,
+)
 from router.requests import Session
 from router.ring import shard_of
 from storage.errors import DamagedError, StorageError
 from storage.records import Kind
 
 RETRY_AFTER_MS = 50
+NO_SHARDS: Mapping[int, str] = {}
 T = TypeVar("T")
+
+
+class _Nothing:
+    """What has been answered before it could be cancelled."""
+
+    def cancel(self) -> None:
+        pass
+
+
+NOTHING = _Nothing()
 
 
 class LocalNode:
@@ -39,18 +62,22 @@ class LocalNode:
         self._lane = lane
         self._shard_count = shard_count
 
-    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
-        # A session may have to wait for its shards first; everybody else is in the lane when this returns.
-        if ask.session:
-            return self._search_after(ask, timeout_s)
+    def search(self, ask: SearchAsk, timeout_s: float, done: Done[SearchReply]) -> Asked:
+        """Is in the lane when this returns; a session is for whoever asks to wait for (`caught_up`)."""
         failed: dict[int, str] = {}
-        return self._found(ask.shards, failed, self._begin(ask, failed, timeout_s))
+        ticket = self._begin(ask, failed, timeout_s)
+        ticket.tell(partial(self._tell, ask.shards, failed, done))
+        return ticket
 
-    async def _search_after(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+    async def search_after(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
+        """Waits for the session first."""
         deadline = trio.current_time() + timeout_s
-        failed = await self._behind(ask.shards, ask.session, timeout_s)
+        failed = await self.caught_up(ask.shards, ask.session, timeout_s)
         ticket = self._begin(ask, failed, deadline - trio.current_time())
-        return await self._found(ask.shards, failed, ticket)
+        try:
+            return self._found(ask.shards, failed, await ticket.wait())
+        except (LaneTimeoutError, LaneStoppedError, OverloadedError) as error:
+            raise _translated(error) from error
 
     def _begin(self, ask: SearchAsk, failed: dict[int, str], timeout_s: float) -> LaneTicket:
         """Into the lane, without the shards in `failed`, to which those are added that are not here."""
@@ -65,16 +92,26 @@ class LocalNode:
                 replicas.append(actor.replica)
         try:
             return self._lane.begin(
-                LaneAsk(replicas, ask.query, ask.k, ask.constraint, ask.metadata), timeout_s
+                LaneAsk(replicas, ask.query, ask.k, ask.constraint, ask.metadata, ask.source, ask.priority),
+                timeout_s,
             )
-        except OverloadedError as error:
-            raise NodeError("overloaded", str(error), RETRY_AFTER_MS) from error
+        except (LaneStoppedError, OverloadedError) as error:
+            raise _translated(error) from error
 
-    async def _found(self, shards: Sequence[int], failed: dict[int, str], ticket: LaneTicket) -> SearchReply:
-        try:
-            reply = await ticket.wait()
-        except LaneTimeoutError as error:
-            raise NodeError("deadline_exceeded", str(error)) from error
+    def _tell(
+        self,
+        shards: Sequence[int],
+        failed: dict[int, str],
+        done: Done[SearchReply],
+        result: outcome.Outcome[LaneReply],
+    ) -> None:
+        if isinstance(result, outcome.Value):
+            done(outcome.Value(self._found(shards, failed, result.value)))
+        else:
+            assert isinstance(result, outcome.Error)
+            done(outcome.Error(_translated(result.error)))
+
+    def _found(self, shards: Sequence[int], failed: dict[int, str], reply: LaneReply) -> SearchReply:
         failed |= reply.failed
         for shard, code in reply.failed.items():
             if code == DamagedError.code and shard in self._shards:
@@ -87,8 +124,8 @@ class LocalNode:
         followers = self._followers
         return max([followers[shard].age_ms for shard in shards if shard in followers], default=0)
 
-    async def _behind(self, shards: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
-        """The shards that have not applied what the session has seen. Waits half the time: another may be ahead."""
+    async def caught_up(self, shards: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
+        """Those of `shards` that have not applied what the session has seen. Waits half the time: another may be ahead."""
         behind: dict[int, str] = {}
         deadline = trio.current_time() + timeout_s / 2
         for shard, epoch, sequence in session:
@@ -99,15 +136,24 @@ class LocalNode:
                 behind[shard] = "session_behind"
         return behind
 
-    async def _answering(self, ids: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
-        if not session:
-            return {}
-        return await self._behind([shard_of(i, self._shard_count) for i in ids], session, timeout_s)
+    async def behind(self, ids: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
+        """`caught_up`, for the shards of some ids."""
+        return await self.caught_up([shard_of(i, self._shard_count) for i in ids], session, timeout_s)
 
-    async def get(
-        self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
+    def get(
+        self,
+        kind: Kind,
+        ids: Sequence[int],
+        session: Session,
+        timeout_s: float,
+        done: Done[Answers[StoredRecord]],
+    ) -> Asked:
+        done(outcome.Value(self.records(kind, ids)))
+        return NOTHING
+
+    def records(
+        self, kind: Kind, ids: Sequence[int], behind: Mapping[int, str] = NO_SHARDS
     ) -> Answers[StoredRecord]:
-        behind = await self._answering(ids, session, timeout_s)
         return self._aged(ids, [self._get(kind, id_, behind) for id_ in ids])
 
     def _aged(self, ids: Sequence[int], found: Sequence[T | str | None]) -> Answers[T]:
@@ -137,16 +183,26 @@ class LocalNode:
             return None
         return StoredRecord((row.version.epoch, row.version.sequence), row.vector, row.classes, row.metadata)
 
-    async def score(
+    def score(
         self,
         query: npt.NDArray[np.float16],
         ids: Sequence[int],
         metadata: bool,
         session: Session,
         timeout_s: float,
+        done: Done[Answers[tuple[float, bytes]]],
+    ) -> Asked:
+        done(outcome.Value(self.scores(query, ids, metadata)))
+        return NOTHING
+
+    def scores(
+        self,
+        query: npt.NDArray[np.float16],
+        ids: Sequence[int],
+        metadata: bool,
+        behind: Mapping[int, str] = NO_SHARDS,
     ) -> Answers[tuple[float, bytes]]:
         """Exact scores, as a search would give them: FP16 products summed in float64, rounded to float32."""
-        behind = await self._answering(ids, session, timeout_s)
         wide = query.astype(np.float64)
         out: list[tuple[float, bytes] | str | None] = []
         for id_ in ids:
@@ -185,3 +241,15 @@ class LocalNode:
             hint = actor.hint[1] if error.code == "no_primary" else ""
             return WriteReply(ask.shard, 0, 0, (error.code, error.message, error.retry_after_ms), hint)
         return WriteReply(ask.shard, version.epoch, version.sequence, None)
+
+
+def _translated(error: BaseException) -> NodeError:
+    match error:
+        case LaneTimeoutError():
+            return NodeError("deadline_exceeded", str(error))
+        case OverloadedError():
+            return NodeError("overloaded", str(error), error.retry_after_ms)
+        case LaneStoppedError():
+            return NodeError(error.code, str(error))
+        case _:
+            return NodeError("internal", f"the search failed: {error!r}")

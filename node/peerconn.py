@@ -74,6 +74,8 @@ class Connection:
         # has not.
         self.frames_queued = 0
         self.frames_taken = 0
+        # Of the message that `on_message` is called with.
+        self.message_bytes = 0
         self._stream = stream
         self._packer = msgpack.Packer(autoreset=True)
         self._out: list[bytes] = []
@@ -211,6 +213,7 @@ class Connection:
             for payload in parser.feed(chunk):
                 kind, request_id, op, body = unpack_message(payload)
                 self._messages_in += 1
+                self.message_bytes = len(payload) + HEADER.size
                 if kind != HEARTBEAT:
                     on_message(kind, request_id, op, body)
             while self.full:

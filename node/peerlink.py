@@ -23,7 +23,9 @@ import trio
 
 from node.config import Address
 from node.frames import (
+    CANCEL,
     ERROR,
+    READS,
     REPLY,
     REQUEST,
     Hello,
@@ -102,15 +104,15 @@ class RemoteError(PeerError):
 class Call(Pending[Any]):
     """A question that is under way; `wait` for its answer. One that nobody waits for ends by its deadline."""
 
-    __slots__ = ("_calls", "_id", "frame", "timeout_s")
+    __slots__ = ("_link", "frame", "id", "op", "timeout_s")
 
-    def __init__(self, calls: dict[int, Call], id: int, frame: int, timeout_s: float) -> None:
+    def __init__(self, link: PeerLink, id: int, op: str, frame: int, timeout_s: float) -> None:
         super().__init__()
-        self._calls, self._id = calls, id
+        self._link, self.id, self.op = link, id, op
         self.frame, self.timeout_s = frame, timeout_s
 
     def abandon(self) -> None:
-        del self._calls[self._id]
+        self._link.take_back(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,10 @@ class PeerLinkStatistics:
     failed_connects: int
     refused: int
     timeouts: int
+    # Of reads that this node asked for; bytes of the questions and of their answers.
+    cancelled: int
+    read_bytes_out: int
+    read_bytes_in: int
     last_error: str
     connection: dict[str, int] | None
 
@@ -162,6 +168,7 @@ class PeerLink:
         self._backoff_s = BACKOFF_MIN_S
         self._last_error = "not connected yet"
         self._called = self._connects = self._failed = self._overloaded = self._timeouts = 0
+        self._cancelled = self.read_bytes_out = self.read_bytes_in = 0
 
     @property
     def connected(self) -> bool:
@@ -198,14 +205,24 @@ class PeerLink:
             self._overloaded += 1
             raise PeerOverloadedError(f"too much is already waiting for {self.name}; try again later")
         request_id = next(self._ids)
+        queued = conn.queue_bytes
         try:
             frame = conn.send(REQUEST, request_id, op, body)
         except FrameTooLargeError as error:
             raise PeerTooLargeError(f"the request {op} to {self.name} is too large: {error}") from error
-        call = calls[request_id] = Call(calls, request_id, frame, timeout_s)
+        if op in READS:
+            self.read_bytes_out += conn.queue_bytes - queued
+        call = calls[request_id] = Call(self, request_id, op, frame, timeout_s)
         self._called += 1
         self._deadlines.add(call, timeout_s)
         return call
+
+    def take_back(self, call: Call) -> None:
+        """Nobody waits for it any more. Of a read the peer is told, so that it stops working on it."""
+        del self._calls[call.id]
+        if call.op in READS and self._conn is not None and not self._conn.closed:
+            self._cancelled += 1
+            self._conn.send(CANCEL, call.id, "", None)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         """Connects, and connects again forever. Started at once: a peer that is down holds nobody up."""
@@ -289,6 +306,8 @@ class PeerLink:
         call = self._calls.pop(request_id, None)
         if call is None:
             return  # its caller has given up
+        if call.op in READS and self._conn is not None:
+            self.read_bytes_in += self._conn.message_bytes
         if kind == REPLY:
             call.settle(outcome.Value(body))
             return
@@ -310,7 +329,8 @@ class PeerLink:
             call.settle(outcome.Error(PeerGoneError(self.name, reason, sent=call.frame <= taken)))
 
     def _expire(self, call: Call) -> None:
-        call.abandon()
+        # The peer knows how much time there was.
+        del self._calls[call.id]
         self._timeouts += 1
         call.settle(outcome.Error(PeerTimeoutError(self.name, call.timeout_s)))
 
@@ -326,6 +346,9 @@ class PeerLink:
             failed_connects=self._failed,
             refused=self._overloaded,
             timeouts=self._timeouts,
+            cancelled=self._cancelled,
+            read_bytes_out=self.read_bytes_out,
+            read_bytes_in=self.read_bytes_in,
             last_error="" if conn else self._last_error,
             connection=asdict(conn.statistics()) if conn else None,
         )

@@ -1,7 +1,8 @@
 """Answering other nodes: accepts peer links, runs handlers, sends what they return.
 
-A handler is called as `handler(peer_name, body)`. A plain function is answered on the spot, without a task;
-a coroutine is run by one of the connection's workers. When a connection ends, its running handlers are cancelled.
+A handler is called as `handler(peer_name, body)`. A plain function is answered on the spot, without a task; so is one
+that returns Later, when its answer comes; a coroutine is run by one of the connection's workers. When a connection ends, what
+runs for it is cancelled; so is a read that the peer takes back.
 
 An exception with a `code` (and perhaps `retry_after_ms`) becomes that error at the caller; any other is
 logged and becomes `internal`, without its text.
@@ -13,16 +14,19 @@ import math
 from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
 from dataclasses import dataclass
 from types import CoroutineType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
+import outcome
 import structlog
 import trio
 
 from gossip.agent import MAGIC as GOSSIP_MAGIC
 from node.config import Address
 from node.frames import (
+    CANCEL,
     ERROR,
     MAGIC,
+    READS,
     REPLY,
     REQUEST,
     Hello,
@@ -36,7 +40,7 @@ from node.peerconn import Connection, FrameTooLargeError, PeerLimits
 from node.workers import Workers
 
 Handler = Callable[[str, Any], Awaitable[Any] | Any]
-_Job = tuple[int, str, Coroutine[Any, Any, Any]]
+_Job = tuple[int, str, Coroutine[Any, Any, Any], trio.CancelScope | None]
 POLL_S = 0.02
 COMPLAIN_S = 1.0
 
@@ -44,6 +48,18 @@ COMPLAIN_S = 1.0
 MESSAGE_CHARS_MAX = 1_000
 
 log = structlog.get_logger(__name__)
+
+
+class Running(Protocol):
+    def cancel(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An answer that comes by a callback: `begin` is given one and returns what can be cancelled; `pack` makes the body."""
+
+    begin: Callable[[Callable[[outcome.Value[Any] | outcome.Error], None]], Running]
+    pack: Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,7 @@ class PeerListenerStatistics:
     refused_connections: int
     refused_requests: int
     requests: int
+    cancelled: int
     errors: int
     protocol_errors: int
     peers: dict[str, int]
@@ -88,7 +105,7 @@ class PeerListener:
         self._open = self._accepted = self._refused_hellos = self._refused_connections = 0
         self._protocol_errors = 0
         self._complain_at = -math.inf
-        self.refused_requests = self.requests = self.errors = 0
+        self.refused_requests = self.requests = self.errors = self.cancelled = 0
 
     async def bind(self) -> Address:
         """Takes the port and returns where it is. Raises OSError. Peers then wait for `run` to answer."""
@@ -201,6 +218,7 @@ class PeerListener:
             refused_connections=self._refused_connections,
             refused_requests=self.refused_requests,
             requests=self.requests,
+            cancelled=self.cancelled,
             errors=self.errors,
             protocol_errors=self._protocol_errors,
             peers={name: session.in_flight for name, session in self._peers.items()},
@@ -216,15 +234,25 @@ class _Session:
         self._listener = listener
         self._limit = listener._limits.requests_in_flight
         self._workers: Workers[_Job]
+        # Reads under way, by request id.
+        self._reads: dict[int, Running] = {}
 
     async def run(self) -> str:
-        async with trio.open_nursery() as nursery:
-            self._workers = Workers(nursery, self._work)
-            reason = await self.conn.run(self._on_message)
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._workers = Workers(nursery, self._work)
+                reason = await self.conn.run(self._on_message)
+                nursery.cancel_scope.cancel()
+        finally:
+            for running in self._reads.values():
+                running.cancel()
+            self._reads.clear()
         return reason
 
     def _on_message(self, kind: int, request_id: int, op: str, body: Any) -> None:
+        if kind == CANCEL:
+            self._cancel(request_id)
+            return
         if kind != REQUEST:
             raise ProtocolError(f"a message of type {kind} from a peer that asks")
         self._listener.requests += 1
@@ -248,22 +276,70 @@ class _Session:
         except Exception as error:
             self._fail_with(request_id, op, error)
             return
+        if type(result) is Later:
+            self._answer_later(request_id, op, result)
+            return
         if type(result) is not CoroutineType:
             self._answer(request_id, op, result)
             return
         self.in_flight += 1
-        self._workers.begin((request_id, op, result))
+        scope = None
+        if op in READS:
+            scope = self._reads[request_id] = trio.CancelScope()
+        self._workers.begin((request_id, op, result, scope))
 
     async def _work(self, job: _Job) -> None:
-        request_id, op, running = job
+        request_id, op, running, scope = job
         try:
-            result = await running
+            if scope is None:
+                result = await running
+            else:
+                with scope:
+                    result = await running
+                if scope.cancelled_caught:
+                    return
         except Exception as error:
             self._fail_with(request_id, op, error)
         else:
             self._answer(request_id, op, result)
         finally:
             self.in_flight -= 1
+            if scope is not None and self._reads.get(request_id) is scope:
+                del self._reads[request_id]
+
+    def _answer_later(self, request_id: int, op: str, later: Later) -> None:
+        over = False
+
+        def done(result: outcome.Value[Any] | outcome.Error) -> None:
+            nonlocal over
+            over = True
+            self._reads.pop(request_id, None)
+            self.in_flight -= 1
+            if isinstance(result, outcome.Value):
+                self._answer(request_id, op, later.pack(result.value))
+            else:
+                assert isinstance(result.error, Exception)
+                self._fail_with(request_id, op, result.error)
+
+        self.in_flight += 1
+        try:
+            running = later.begin(done)
+        except Exception as error:
+            self.in_flight -= 1
+            self._fail_with(request_id, op, error)
+            return
+        if not over:
+            self._reads[request_id] = running
+
+    def _cancel(self, request_id: int) -> None:
+        """The peer wants no answer any more; it may be on its way already."""
+        running = self._reads.pop(request_id, None)
+        if running is None:
+            return
+        self._listener.cancelled += 1
+        running.cancel()
+        if not isinstance(running, trio.CancelScope):
+            self.in_flight -= 1  # of the others their workers see to that
 
     def _answer(self, request_id: int, op: str, result: Any) -> None:
         try:

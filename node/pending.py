@@ -17,23 +17,40 @@ _PRUNE_MIN = 1_024
 
 
 class Pending(Generic[T]):
-    """Settled once, by whoever answers. One task may wait for it, before or after that; nobody has to."""
+    """Settled once, by whoever answers. One task may wait for it, or one callback be told; nobody has to."""
 
-    __slots__ = ("_result", "_task", "over")
+    __slots__ = ("_result", "_task", "_then", "over")
 
     def __init__(self) -> None:
         # Settled, or nobody wants it any more.
         self.over = False
         self._task: trio.lowlevel.Task | None = None
         self._result: outcome.Outcome[T] | None = None
+        self._then: Callable[[outcome.Outcome[T]], None] | None = None
 
     def settle(self, result: outcome.Outcome[T]) -> None:
         assert not self.over, "settled once"
         self.over = True
-        if self._task is None:
-            self._result = result
-        else:
+        if self._task is not None:
             trio.lowlevel.reschedule(self._task, result)
+        elif self._then is not None:
+            self._then(result)
+        else:
+            self._result = result
+
+    def tell(self, then: Callable[[outcome.Outcome[T]], None]) -> None:
+        """Instead of waiting: `then` is called with what it is settled with, at once when that is there."""
+        if self._result is None:
+            self._then = then
+        else:
+            result, self._result = self._result, None
+            then(result)
+
+    def cancel(self) -> None:
+        """Nobody wants it any more. Harmless when it is over."""
+        if not self.over:
+            self.over = True
+            self.abandon()
 
     async def wait(self) -> T:
         """What it was settled with, once. A checkpoint only when that is not there yet."""
@@ -50,7 +67,7 @@ class Pending(Generic[T]):
         return trio.lowlevel.Abort.SUCCEEDED
 
     def abandon(self) -> None:
-        """Called when the task that waits is cancelled."""
+        """Called when nobody wants it any more."""
 
 
 class Deadlines(Generic[P]):

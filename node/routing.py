@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from gossip.messages import State
 from node.facts import Health
+from node.lane import BATCH_MAX
 from node.links import Links
 from node.local import LocalNode
 from node.members import Members
 from node.remote import RemoteNode
 from node.replicator import Replicator
 from node.shard import ShardActor
+from router.coverage import FAR, HERE, SAME_REGION, SAME_ZONE
 from router.layout import Placement
 from router.ports import Node
+from router.requests import Session
 
 
 class GossipCluster:
@@ -89,6 +92,25 @@ class GossipCluster:
             return bool(self._health())
         known = self._members.get(name)
         return known is not None and (known.state is State.SUSPECT or bool(known.health))
+
+    def distance(self, name: str) -> int:
+        """By what nodes say of where they are. Of one that has said nothing yet: far."""
+        if name == self.local:
+            return HERE
+        known = self._members.get(name)
+        if known is None or known.fact is None or known.fact.region != self._members.own.region:
+            return FAR
+        return SAME_ZONE if known.fact.zone == self._members.own.zone else SAME_REGION
+
+    def load_s(self, name: str) -> float:
+        known = self._members.get(name) if name != self.local else None
+        if known is None or known.hot is None:
+            return 0.0
+        load = known.hot.load
+        return load.queued * load.batch_ms / BATCH_MAX / 1000
+
+    async def caught_up(self, shards: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
+        return await self._local_node.caught_up(shards, session, timeout_s)
 
     def lags_ms(self, name: str) -> Mapping[int, int]:
         """Of our own replicas exactly, of others' as they gossip it."""

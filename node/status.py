@@ -221,6 +221,8 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "server": asdict(parts.server.statistics()),
         "search": parts.lane.statistics() if parts.lane else {},
         "router": parts.coordinator.statistics() if parts.coordinator else {},
+        "peers": parts.coordinator.peers() if parts.coordinator else {},
+        "read_bytes": parts.links.read_bytes(),
         "elections": dict(parts.failover.counters) if parts.failover else {},
         "moves": dict(parts.mover.counters) if parts.mover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},

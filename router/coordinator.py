@@ -1,65 +1,26 @@
-"""One request of an app, from its parsed form to its reply. The shell over ring, coverage and merge."""
+"""One request of an app, from its parsed form to its reply. Who is asked for it is up to the fan-out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import trio
 
-from router import coverage, merge, requests
-from router.coverage import Sight
+from router import coverage, requests
+from router.config import RouterConfig
 from router.errors import Code, RequestError, known
-from router.ports import Answers, Cluster, NodeError, NodeGoneError, SearchAsk, SearchReply, StoredRecord
+from router.fanout import FanOut, Found
+from router.ports import Answers, Asked, Cluster, Done, Node, StoredRecord
 from router.requests import Session
 from router.ring import shard_of
 from router.wire import Columns
 from router.writing import Writer
 from storage.records import Kind
 
-Query = npt.NDArray[np.float16]
-# By node: the shards that it is asked for; and those that nobody can answer.
-Assignment = tuple[dict[str, list[int]], list[int]]
-# What is known of other nodes is older than that anyway, and a try that fails looks again.
-SHARED_S = 0.001
+__all__ = ["Coordinator", "RouterConfig"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterConfig:
-    """Time limits of a request, in milliseconds, and how often a shard is tried on another replica."""
-
-    deadline_ms: int = 1_000
-    try_ms: int = 400
-    retries: int = 2
-    write_deadline_ms: int = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a fan-out brought. reasons: shard → code, of those that failed."""
-
-    columns: Columns
-    missing: list[int]
-    total: int
-    reasons: dict[int, str]
-    # How old the oldest replica that answered may be, by what the nodes said of themselves.
-    age_ms: int = 0
-
-    def coverage(self) -> dict[str, Any]:
-        answer: dict[str, Any] = {
-            "answered": self.total - len(self.missing),
-            "total": self.total,
-            "missing": sorted(self.missing),
-        }
-        if self.missing:
-            answer["reason"] = next(
-                (self.reasons[s] for s in self.missing if s in self.reasons), "unavailable"
-            )
-        return answer
+Score = tuple[float, bytes]
 
 
 class Coordinator:
@@ -67,10 +28,9 @@ class Coordinator:
 
     def __init__(self, cluster: Cluster, config: RouterConfig, *, metric: str) -> None:
         self._cluster = cluster
-        self._config = config
+        self._fanout = FanOut(cluster, config)
         self._metric = metric
         self._writer = Writer(cluster, config.write_deadline_ms / 1000)
-        self._all = tuple(range(cluster.shard_count))
         self._answers: dict[type, Callable[[Any], Awaitable[dict[str, Any]]]] = {
             requests.Recommend: self._recommend,
             requests.Similar: self._similar,
@@ -80,11 +40,13 @@ class Coordinator:
             requests.Put: self._writer.put,
             requests.Delete: self._writer.delete,
         }
-        self._first: tuple[float, Assignment] = (-math.inf, ({}, []))
-        self.counters = {"retries": 0, "partial": 0}
 
     def statistics(self) -> dict[str, int]:
-        return dict(self.counters)
+        return self._fanout.statistics()
+
+    def peers(self) -> dict[str, dict[str, float]]:
+        """Of each node that was asked: latency, load and health as they were seen from here."""
+        return self._fanout.peers()
 
     async def handle(self, request: object) -> dict[str, Any]:
         """The reply's fields. Raises RequestError."""
@@ -93,16 +55,16 @@ class Coordinator:
     # -- the ops ------------------------------------------------------------------------------------------------
 
     async def _search(self, request: requests.Search) -> dict[str, Any]:
-        return self._reply(await self._find(request.vector, request))
+        return self._reply(await self._fanout.find(request.vector, request))
 
     async def _recommend(self, request: requests.Recommend) -> dict[str, Any]:
-        deadline = self._deadline(request.timeout_ms)
+        deadline = self._fanout.deadline(request.timeout_ms)
         user, age_ms = await self._one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
-        return self._reply(await self._find(query, request, deadline, age_ms=age_ms))
+        return self._reply(await self._fanout.find(query, request, deadline, age_ms=age_ms))
 
     async def _similar(self, request: requests.Similar) -> dict[str, Any]:
-        deadline = self._deadline(request.timeout_ms)
+        deadline = self._fanout.deadline(request.timeout_ms)
         given = [*request.positive, *request.negative]
         records, age_ms = await self._look_up(Kind.ITEM, given, deadline, request.session)
         # The mean of the positive items, less the mean of the negative ones.
@@ -119,24 +81,24 @@ class Coordinator:
             if norm == 0.0:
                 raise RequestError("zero_vector", "the given items cancel each other out", "negative")
             mean /= norm
-        found = await self._find(
+        found = await self._fanout.find(
             mean.astype(np.float16), request, deadline, drop=frozenset(given), age_ms=age_ms
         )
         return self._reply(found)
 
     async def _batch(self, request: requests.Batch) -> dict[str, Any]:
-        deadline = self._deadline(request.timeout_ms)
+        deadline = self._fanout.deadline(request.timeout_ms)
         user, age_ms = await self._one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
 
-        async def ask(node: str, ids: Sequence[int], timeout_s: float) -> Answers[Any]:
-            return await self._cluster.node(node).score(
-                query, ids, request.metadata, request.session, timeout_s
-            )
+        def begin(node: Node, ids: Sequence[int], timeout_s: float, done: Done[Answers[Score]]) -> Asked:
+            return node.score(query, ids, request.metadata, request.session, timeout_s, done)
 
-        scored, scored_age_ms = await self._scatter(list(dict.fromkeys(request.media_ids)), ask, deadline)
+        scored, scored_age_ms = await self._fanout.look_up(
+            request.media_ids, begin, deadline, request.session
+        )
         shard_count = self._cluster.shard_count
-        lost = {shard_of(i, shard_count): str(v) for i, v in scored.items() if isinstance(v, str)}
+        lost = {shard_of(i, shard_count): v for i, v in scored.items() if isinstance(v, str)}
         good = sorted(
             ((i, v) for i, v in scored.items() if isinstance(v, tuple)),
             key=lambda pair: (-pair[1][0], pair[0]),
@@ -147,13 +109,15 @@ class Coordinator:
             [v[1] for _, v in good] if request.metadata else None,
         )
         asked = {shard_of(i, shard_count) for i in scored}
-        reply = self._reply(Found(columns, list(lost), len(asked), lost, max(age_ms, scored_age_ms)))
+        found = Found(columns, lost, len(asked), max(age_ms, scored_age_ms))
+        found.check(require_full=request.require_full)
+        reply = self._reply(found)
         reply["unknown"] = [i for i, v in scored.items() if v is None]
         return reply
 
     async def _get(self, request: requests.Get) -> dict[str, Any]:
         records, age_ms = await self._look_up(
-            request.kind, request.ids, self._deadline(request.timeout_ms), request.session
+            request.kind, request.ids, self._fanout.deadline(request.timeout_ms), request.session
         )
         out: list[dict[str, Any] | None] = []
         for id_, record in zip(request.ids, records, strict=True):
@@ -173,107 +137,6 @@ class Coordinator:
             out.append(entry)
         return {"records": out} | _stale(age_ms)
 
-    # -- fan-out ------------------------------------------------------------------------------------------------
-
-    def _deadline(self, timeout_ms: float | None) -> float:
-        return trio.current_time() + (timeout_ms or self._config.deadline_ms) / 1000
-
-    def _assign_all(self) -> Assignment:
-        """Of all shards, for a first try. Not to be changed: the requests of a frame share it."""
-        now = trio.current_time()
-        if now >= self._first[0] + SHARED_S:
-            self._first = (now, self._assign(self._all, set()))
-        return self._first[1]
-
-    def _assign(self, shards: Sequence[int], failed: set[tuple[str, int]]) -> Assignment:
-        cluster = self._cluster
-        # Each node is looked at once, whatever the number of its shards.
-        seen: dict[str, Sight | None] = {}
-
-        def sight(name: str) -> Sight | None:
-            if name not in seen:
-                seen[name] = (
-                    Sight(cluster.avoid(name), cluster.lags_ms(name)) if cluster.alive(name) else None
-                )
-            return seen[name]
-
-        def candidates(shard: int) -> list[str]:
-            voters: Sequence[str] = cluster.placement(shard).voters
-            if failed:
-                voters = [name for name in voters if (name, shard) not in failed]
-            return coverage.choose(shard, voters, sight, cluster.local)
-
-        return coverage.cover(shards, candidates, cluster.local)
-
-    def _try_s(self, deadline: float) -> float:
-        """Time for the next try. The last bit of a deadline is not worth a message."""
-        return min(self._config.try_ms / 1000, deadline - trio.current_time())
-
-    async def _find(
-        self,
-        query: Query,
-        request: requests.Query,
-        deadline: float | None = None,
-        drop: frozenset[int] = frozenset(),
-        age_ms: int = 0,
-    ) -> Found:
-        """The best k over all shards, `drop` left out. Each node answers for all its asked shards in one message.
-
-        age_ms: of what the query was made from.
-        """
-        deadline = deadline or self._deadline(request.timeout_ms)
-        k = request.k + len(drop)
-        parts: list[SearchReply] = []
-        reasons: dict[int, str] = {}
-        failed: set[tuple[str, int]] = set()
-        missing: list[int] = []
-        todo: Sequence[int] = self._all
-
-        def lost(name: str, codes: Mapping[int, str]) -> None:
-            reasons.update(codes)
-            failed.update([(name, shard) for shard in codes])
-            again.extend(codes)
-
-        for attempt in range(self._config.retries + 1):
-            again: list[int] = []
-            assigned, unanswerable = self._assign(todo, failed) if attempt else self._assign_all()
-            missing += unanswerable
-            timeout_s = self._try_s(deadline)
-            if timeout_s <= 0:
-                missing += [shard for shards in assigned.values() for shard in shards]
-                break
-            self.counters["retries"] += attempt > 0
-            calls = []
-            try:
-                for name, shards in assigned.items():
-                    ask = SearchAsk(
-                        tuple(shards), query, k, request.constraint, request.metadata, request.session
-                    )
-                    try:
-                        calls.append((name, shards, self._cluster.node(name).search(ask, timeout_s)))
-                    except (NodeGoneError, NodeError) as error:
-                        lost(name, dict.fromkeys(shards, _code(error)))
-                for name, shards, call in calls:
-                    try:
-                        reply = await call
-                    except (NodeGoneError, NodeError) as error:
-                        lost(name, dict.fromkeys(shards, _code(error)))
-                    else:
-                        parts.append(reply)
-                        if reply.failed:
-                            lost(name, reply.failed)
-            finally:
-                for _, _, call in calls:
-                    call.close()
-            todo = again
-            if not todo:
-                break
-        else:
-            missing += todo
-        self.counters["partial"] += bool(missing)
-        age_ms = max([age_ms, *[part.age_ms for part in parts]])
-        return Found(_merge(parts, request, drop), missing, len(self._all), reasons, age_ms)
-
     async def _one_user(self, user_id: int, deadline: float, session: Session) -> tuple[StoredRecord, int]:
         """The user and how old, in ms, the replica that brought it may be."""
         (record,), age_ms = await self._look_up(Kind.USER, [user_id], deadline, session)
@@ -286,55 +149,13 @@ class Coordinator:
     ) -> Answers[StoredRecord]:
         """Records by id, in order, from all shards."""
 
-        async def ask(node: str, some: Sequence[int], timeout_s: float) -> Answers[Any]:
-            return await self._cluster.node(node).get(kind, some, session, timeout_s)
+        def begin(
+            node: Node, some: Sequence[int], timeout_s: float, done: Done[Answers[StoredRecord]]
+        ) -> Asked:
+            return node.get(kind, some, session, timeout_s, done)
 
-        found, age_ms = await self._scatter(list(dict.fromkeys(ids)), ask, deadline)
+        found, age_ms = await self._fanout.look_up(ids, begin, deadline, session)
         return Answers([found[i] for i in ids], age_ms)
-
-    async def _scatter(
-        self,
-        ids: list[int],
-        ask: Callable[[str, Sequence[int], float], Awaitable[Answers[Any]]],
-        deadline: float,
-    ) -> tuple[dict[int, Any], int]:
-        """Ask each id's shard, one message per node, on another replica where one fails; also the answers' age in ms."""
-        by_shard: dict[int, list[int]] = {}
-        for id_ in ids:
-            by_shard.setdefault(shard_of(id_, self._cluster.shard_count), []).append(id_)
-        found: dict[int, Any] = dict.fromkeys(ids, "unavailable")
-        failed: set[tuple[str, int]] = set()
-        todo = list(by_shard)
-        ages_ms = [0]
-
-        async def one(name: str, shards: list[int], timeout_s: float) -> None:
-            wanted = [i for shard in shards for i in by_shard[shard]]
-            try:
-                answers, age_ms = await ask(name, wanted, timeout_s)
-                ages_ms.append(age_ms)
-            except (NodeGoneError, NodeError) as error:
-                answers = [_code(error)] * len(wanted)
-            found.update(zip(wanted, answers, strict=True))
-            lost = {shard_of(i, self._cluster.shard_count) for i in wanted if isinstance(found[i], str)}
-            failed.update((name, shard) for shard in lost)
-            again.extend(lost)
-
-        for _ in range(self._config.retries + 1):
-            again: list[int] = []
-            assigned, _unanswerable = self._assign(todo, failed)
-            timeout_s = self._try_s(deadline)
-            if timeout_s <= 0 or not assigned:
-                break
-            if len(assigned) == 1:
-                await one(*next(iter(assigned.items())), timeout_s)
-            else:
-                async with trio.open_nursery() as nursery:
-                    for name, shards in assigned.items():
-                        nursery.start_soon(one, name, shards, timeout_s)
-            todo = again
-            if not todo:
-                break
-        return found, max(ages_ms)
 
     @staticmethod
     def _reply(found: Found) -> dict[str, Any]:
@@ -344,28 +165,6 @@ class Coordinator:
 def _stale(age_ms: int) -> dict[str, int]:
     """The reply's word that it may be too old; replicas that do not lag count as level."""
     return {"stale_ms": age_ms} if age_ms > coverage.LAG_MS_MAX else {}
-
-
-def _merge(
-    parts: list[SearchReply],
-    request: requests.Query,
-    drop: frozenset[int],
-) -> Columns:
-    if len(parts) == 1 and not drop:
-        return Columns(parts[0].ids, parts[0].scores, parts[0].metadata)
-    best = merge.top([(part.ids, part.scores) for part in parts], request.k + len(drop))
-    if drop:
-        keep = np.flatnonzero(~np.isin(best.ids, np.array(list(drop), np.uint64)))[: request.k]
-        best = merge.Merged(best.ids[keep], best.scores[keep], best.places[keep])
-    metadata: list[bytes] | None = None
-    if request.metadata:
-        packed = [one for part in parts for one in part.metadata or ()]
-        metadata = [packed[place] for place in best.places.tolist()]
-    return Columns(best.ids, best.scores, metadata)
-
-
-def _code(error: NodeGoneError | NodeError) -> str:
-    return error.code if isinstance(error, NodeError) else "unavailable"
 
 
 def _missing_record(code: Code, field: str, id_: int, found: object) -> RequestError:

@@ -34,6 +34,7 @@ Code = Literal[
     "outcome_unknown",
     "deadline_exceeded",
     "session_behind",
+    "partial",
     "unavailable",
     "shutting_down",
     "damaged",

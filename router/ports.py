@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import outcome
 
 from router.layout import Placement
+from router.merge import Part
 from router.requests import Session
 from storage.records import Kind, Operation
 from storage.view import ClassConstraint
@@ -17,8 +19,7 @@ from storage.view import ClassConstraint
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class SearchAsk:
+class SearchAsk(NamedTuple):
     """One query for some shards of one node. query: float16 [dim]."""
 
     shards: tuple[int, ...]
@@ -28,6 +29,10 @@ class SearchAsk:
     metadata: bool
     # Positions that the answering replicas must have applied; tokens of other shards do not matter here.
     session: Session = ()
+    # The lower goes first: 0 interactive, 1 batch, 2 prefetch.
+    priority: int = 0
+    # Who asks, as far as taking turns goes: a number of a connection on the coordinator.
+    source: Hashable = 0
 
 
 class SearchReply(NamedTuple):
@@ -40,6 +45,10 @@ class SearchReply(NamedTuple):
     failed: dict[int, str]
     # How old the oldest of the answering replicas may be, as its own node knows it; 0 for primaries.
     age_ms: int
+
+    @property
+    def hits(self) -> Part:
+        return self.ids, self.scores
 
 
 class StoredRecord(NamedTuple):
@@ -109,26 +118,51 @@ class NodeError(Exception):
         super().__init__(f"{code}: {message}")
 
 
+Outcome = outcome.Value[T] | outcome.Error
+# Called once, on the event loop, with what came of a question, perhaps before the call that asked returns; never after
+# the question was cancelled. An error is a NodeGoneError or a NodeError.
+Done = Callable[[Outcome[T]], None]
+
+
+class Asked(Protocol):
+    """A question that is under way."""
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more: what waits or runs for it ends, here and there. Harmless after it came."""
+
+
 class Node(Protocol):
-    """A node as the coordinator sees it, itself included. All raise NodeGoneError or NodeError."""
+    """A node as the coordinator sees it, itself included.
 
-    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
-        """Asks at once, and never waits; await the answer, or close it. A task per node would cost more than the asking."""
+    Reads ask at once and never wait, so that one task can ask many: a task per node would cost more than the asking.
+    They raise NodeGoneError or NodeError instead of asking. A node waits for a session's writes before it answers, but
+    for the local one, which `Cluster.caught_up` is for.
+    """
 
-    async def get(
-        self, kind: Kind, ids: Sequence[int], session: Session, timeout_s: float
-    ) -> Answers[StoredRecord]: ...
+    def search(self, ask: SearchAsk, timeout_s: float, done: Done[SearchReply]) -> Asked: ...
 
-    async def score(
+    def get(
+        self,
+        kind: Kind,
+        ids: Sequence[int],
+        session: Session,
+        timeout_s: float,
+        done: Done[Answers[StoredRecord]],
+    ) -> Asked: ...
+
+    def score(
         self,
         query: npt.NDArray[np.float16],
         ids: Sequence[int],
         metadata: bool,
         session: Session,
         timeout_s: float,
-    ) -> Answers[tuple[float, bytes]]: ...
+        done: Done[Answers[tuple[float, bytes]]],
+    ) -> Asked: ...
 
-    async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]: ...
+    async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
+        """Raises NodeGoneError or NodeError."""
+        ...
 
 
 class Cluster(Protocol):
@@ -152,3 +186,14 @@ class Cluster(Protocol):
 
     def lags_ms(self, name: str) -> Mapping[int, int]:
         """How far behind a node's replicas are, by shard; absent: level, or nothing is known against it."""
+
+    def distance(self, name: str) -> int:
+        """How far away: `coverage.HERE`, `SAME_ZONE`, `SAME_REGION` or `FAR`."""
+
+    def load_s(self, name: str) -> float:
+        """How long a search waits there, by what that node tells of itself; 0 when it has told nothing."""
+
+    async def caught_up(self, shards: Sequence[int], session: Session, timeout_s: float) -> dict[int, str]:
+        """Waits until this node's own replicas have what the session has seen, half of `timeout_s` at most: another may be
+        ahead. Those of `shards` that have not, with the code that says so."""
+        ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from router import operating, shapes
 from router.errors import RequestError
 from router.operating import Operating
-from router.shapes import Ack
+from router.shapes import Ack, Priority
 from router.vectors import Vectors, from_wire
 from storage.config import Metric
 from storage.records import ID_MAX, METADATA_BYTES_MAX, NO_WRITE_ID, Kind
@@ -27,6 +27,8 @@ from storage.view import ClassConstraint
 METADATA_DEPTH_MAX = 256  # its own map counts
 TIMESTAMP_SECONDS = range(-62_135_596_800, 253_402_300_800)  # years 1 to 9999, which RFC 3339 can spell
 
+# What goes first, where searches wait.
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 Session = tuple[tuple[int, int, int], ...]  # (shard, epoch, sequence) each
 
 
@@ -59,6 +61,9 @@ class Query:
     metadata: bool
     timeout_ms: float | None
     session: Session
+    # Place in PRIORITIES.
+    priority: int = 0
+    require_full: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +89,7 @@ class Batch:
     metadata: bool
     timeout_ms: float | None
     session: Session
+    require_full: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +180,7 @@ def _batch(fields: dict[str, Any], limits: Limits) -> Batch:
         metadata=raw.metadata,
         timeout_ms=raw.timeout_ms,
         session=tuple(raw.session),
+        require_full=raw.require_full,
     )
 
 
@@ -272,6 +279,8 @@ def _query(raw: shapes.QueryFields, limits: Limits) -> dict[str, Any]:
         "metadata": raw.metadata,
         "timeout_ms": raw.timeout_ms,
         "session": tuple(raw.session),
+        "priority": PRIORITIES.index(raw.priority),
+        "require_full": raw.require_full,
     }
 
 

@@ -16,6 +16,7 @@ from router.vectors import Dtype
 from storage.records import CLASSES_MAX
 
 Ack = Literal["primary", "quorum", "all"]
+Priority = Literal["interactive", "batch", "prefetch"]
 S = TypeVar("S")
 
 Id = Annotated[int, Meta(ge=0)] | str
@@ -33,6 +34,8 @@ class ReadFields(Struct, forbid_unknown_fields=True, kw_only=True):
     metadata: bool = True
     timeout_ms: Timeout = None
     session: WireSession = []
+    priority: Priority = "interactive"
+    require_full: bool = False
 
 
 class QueryFields(ReadFields, forbid_unknown_fields=True, kw_only=True):

@@ -19,6 +19,8 @@ from admin.cluster import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 60.0
+# A machine that runs many tests at once stops a process for longer than the defaults allow a query to take.
+PATIENT = "[router]\ndeadline_ms = 2000\ntry_ms = 400"
 
 
 def free_ports(count: int) -> list[int]:
@@ -159,6 +161,7 @@ def member(
         f'[cluster]\nid = "test"\nshard_count = {shard_count}\nreplication = {replication}',
         f"seeds = [{listed}]\nbootstrap = {bootstrap}\n{settings}",
         f"[storage]\n{storage}",
+        "" if "[router]" in more else PATIENT,
         more,
     ]
     return Daemon(name, folder, "\n".join(lines) + "\n", app_port)
@@ -175,8 +178,10 @@ def cluster(
     settings: str = "",
     more: str = "",
     name: str = "node",
+    regions: Sequence[str] = (),
 ) -> Iterator[list[Daemon]]:
-    """`count` nodes, ready; killed at the end whatever happened. Each knows one seed only, the first of them."""
+    """`count` nodes, ready; killed at the end whatever happened. Each knows one seed only, the first of them. They stand in
+    the regions in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     ports = free_ports(2 * count)
     daemons = [
@@ -191,6 +196,7 @@ def cluster(
             shard_count=shard_count,
             settings=settings,
             more=more,
+            place=f'region = "{regions[i % len(regions)]}"\nzone = "{name}-{i + 1}"' if regions else "",
         )
         for i in range(count)
     ]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import random
 import select
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import msgpack
+
+from node.frames import ERROR, HEADER, MAGIC, READS, REQUEST, FrameParser
 from tests.processes.cluster import Daemon
 
 
@@ -39,6 +43,13 @@ class Proxy:
         self.cut(True)
         self._server.close()
 
+    def _carry(self, near: socket.socket, far: socket.socket) -> None:
+        """Until both directions have ended."""
+        other = threading.Thread(target=_pump, args=(far, near), daemon=True)
+        other.start()
+        _pump(near, far)
+        other.join()
+
     def _accept(self) -> None:
         while not self._closed:
             try:
@@ -59,15 +70,77 @@ class Proxy:
                     if self._cut:
                         return
                     self._open |= {near, far}
-                other = threading.Thread(target=_pump, args=(far, near), daemon=True)
-                other.start()
-                _pump(near, far)
-                other.join()
+                self._carry(near, far)
         except OSError:
             return
         finally:
             with self._lock:
                 self._open -= {near}
+
+
+class ReadFaults(Proxy):
+    """A proxy that spoils what a node answers to other nodes' reads, and nothing else: gossip goes on as if all were well.
+
+    `fault`: "" none; "slow": answers come SLOW_S later; "hang": reads get no answer; "error": they get an error at once.
+    """
+
+    SLOW_S = 0.5
+    fault = ""
+
+    def _carry(self, near: socket.socket, far: socket.socket) -> None:
+        magic = near.recv(len(MAGIC), socket.MSG_WAITALL)
+        far.sendall(magic)
+        if magic != MAGIC:
+            super()._carry(near, far)
+            return
+        late: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        for work, args in ((self._answers, (far, late)), (self._send_late, (near, late))):
+            threading.Thread(target=work, args=args, daemon=True).start()
+        with contextlib.suppress(OSError):
+            for payload in _frames(near):
+                spoiled = self._spoiled(payload)
+                if spoiled is None:
+                    far.sendall(HEADER.pack(len(payload)) + payload)
+                elif spoiled:
+                    late.put((time.monotonic(), spoiled))
+        for one in (near, far):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _spoiled(self, payload: bytes) -> bytes | None:
+        """What to send back instead of passing a message on; None: it is passed on."""
+        if self.fault not in ("hang", "error"):
+            return None
+        message = msgpack.unpackb(payload, strict_map_key=False)
+        if not isinstance(message, list) or message[0] != REQUEST or message[2] not in READS:
+            return None
+        return (
+            b"" if self.fault == "hang" else msgpack.packb([ERROR, message[1], "internal", ["broken", None]])
+        )
+
+    def _answers(self, far: socket.socket, late: queue.SimpleQueue[tuple[float, bytes]]) -> None:
+        with contextlib.suppress(OSError):
+            for payload in _frames(far):
+                late.put((time.monotonic() + (self.SLOW_S if self.fault == "slow" else 0.0), payload))
+        late.put((0.0, b""))
+
+    @staticmethod
+    def _send_late(near: socket.socket, late: queue.SimpleQueue[tuple[float, bytes]]) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                due, payload = late.get()
+                if not payload:
+                    near.shutdown(socket.SHUT_RDWR)
+                    return
+                time.sleep(max(0.0, due - time.monotonic()))
+                near.sendall(HEADER.pack(len(payload)) + payload)
+
+
+def _frames(source: socket.socket) -> Iterator[bytes]:
+    parser = FrameParser(1 << 30)
+    while data := source.recv(65536):
+        for payload in parser.feed(data):
+            yield bytes(payload)
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:

@@ -19,6 +19,7 @@ from node.peerlink import (
     PeerLink,
     PeerListener,
 )
+from router.ports import Asked, Done, Outcome
 
 P = ParamSpec("P")
 ANY = Address("127.0.0.1", 0)
@@ -98,3 +99,18 @@ async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(5):
         while not condition():
             await trio.sleep(0.005)
+
+
+async def answer(ask: Callable[[Done[Any]], Asked]) -> Any:
+    """What a node answers that is asked with a callback."""
+    came = trio.Event()
+    results: list[Outcome[Any]] = []
+
+    def done(result: Outcome[Any]) -> None:
+        results.append(result)
+        came.set()
+
+    ask(done)
+    with trio.fail_after(5):
+        await came.wait()
+    return results[0].unwrap()

@@ -35,6 +35,32 @@ def test_an_answer_may_come_before_or_after_its_waiter() -> None:
     run(main)
 
 
+def test_a_callback_is_told_once_whoever_comes_first_and_not_after_it_was_cancelled() -> None:
+    told: list[Any] = []
+    early: Pending[int] = Pending()
+    early.settle(outcome.Value(1))
+    early.tell(told.append)
+    late: Pending[int] = Pending()
+    late.tell(told.append)
+    late.settle(outcome.Value(2))
+    late.cancel()
+    assert [one.unwrap() for one in told] == [1, 2]
+
+    class Work(Pending[int]):
+        abandoned = 0
+
+        def abandon(self) -> None:
+            self.abandoned += 1
+
+    work = Work()
+    work.tell(told.append)
+    work.cancel()
+    work.cancel()
+    assert work.over
+    assert work.abandoned == 1
+    assert len(told) == 2
+
+
 def test_a_cancelled_waiter_abandons_it() -> None:
     async def main() -> None:
         pending: Pending[int] = Pending()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -31,7 +32,7 @@ from storage.batch import Batch
 from storage.errors import DamagedError, ReplicaStoppedError
 from storage.records import Kind, Operation, Record, Version
 from storage.view import ClassConstraint
-from tests.unit.node.peers import hello, linked, on_trio, until
+from tests.unit.node.peers import answer, hello, linked, on_trio, until
 from tests.unit.node.voters import change, opened, running
 
 VOTERS = ("b", "a")
@@ -313,9 +314,9 @@ async def test_an_answer_says_how_old_it_is_wherever_it_comes_from(tmp_path: Pat
             for node in (here, RemoteNode("a", link)):
                 for lag_ms in (0, 5_000):
                     follower._old_ms = lag_ms
-                    found = await node.search(ask, 1.0)
-                    got = await node.get(Kind.USER, [7], (), 1.0)
-                    scored = await node.score(query, [1], False, (), 1.0)
+                    found = await answer(functools.partial(node.search, ask, 1.0))
+                    got = await answer(functools.partial(node.get, Kind.USER, [7], (), 1.0))
+                    scored = await answer(functools.partial(node.score, query, [1], False, (), 1.0))
                     assert len(found.ids) == 1
                     for age_ms in (found.age_ms, got.age_ms, scored.age_ms):
                         assert lag_ms <= age_ms < lag_ms + 2_000

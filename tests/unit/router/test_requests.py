@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from router.errors import CODES, RequestError
-from router.requests import OPS, Batch, Delete, Get, Limits, Put, Recommend, Search, Similar, parse
+from router.requests import OPS, Batch, Delete, Get, Limits, Put, Query, Recommend, Search, Similar, parse
 from router.sentences import translate
 from storage.records import Kind
 from storage.view import ClassConstraint
@@ -35,6 +35,27 @@ def test_recommend_has_defaults() -> None:
     assert request == Recommend(
         user_id=7, k=10, constraint=ClassConstraint(), metadata=True, timeout_ms=None, session=()
     )
+
+
+def test_how_urgent_a_read_is_and_whether_it_takes_half_an_answer() -> None:
+    for op, fields in (
+        ("recommend", {"user_id": 1}),
+        ("similar", {"media_id": 1}),
+        ("search", {"vector": [1.0] * 8}),
+    ):
+        plain = parse(op, dict(fields), LIMITS)
+        assert isinstance(plain, Query)
+        assert (plain.priority, plain.require_full) == (0, False)
+        asked = parse(op, {**fields, "priority": "prefetch", "require_full": True}, LIMITS)
+        assert isinstance(asked, Query)
+        assert (asked.priority, asked.require_full) == (2, True)
+    batch = parse(
+        "batch", {"user_id": 1, "media_ids": [2], "require_full": True, "priority": "batch"}, LIMITS
+    )
+    assert isinstance(batch, Batch)
+    assert batch.require_full
+    assert refused("recommend", {"user_id": 1, "priority": "urgent"}) == ("out_of_range", "priority")
+    assert refused("get", {"kind": "item", "ids": [1], "priority": "batch"}) == ("unknown_field", "priority")
 
 
 def test_classes_come_out_sorted_and_once() -> None:
