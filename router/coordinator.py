@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,14 @@ class Found:
         return answer
 
 
+class Recommended(NamedTuple):
+    """A reply's fields, the user's record that it was made from, and how old in ms what it says may be."""
+
+    reply: dict[str, Any]
+    user: StoredRecord
+    age_ms: int
+
+
 class Coordinator:
     """Answers parsed requests over a `Cluster`. Holds no state but counters."""
 
@@ -96,10 +104,28 @@ class Coordinator:
         return self._reply(await self._find(request.vector, request))
 
     async def _recommend(self, request: requests.Recommend) -> dict[str, Any]:
-        deadline = self._deadline(request.timeout_ms)
-        user, age_ms = await self._one_user(request.user_id, deadline, request.session)
+        return (await self.recommend(request)).reply
+
+    async def recommend(
+        self, request: requests.Recommend, deadline: float | None = None, user: StoredRecord | None = None
+    ) -> Recommended:
+        """An answer for the caches. user: the record, when it is known already. Raises RequestError."""
+        deadline = deadline or self._deadline(request.timeout_ms)
+        age_ms = 0
+        if user is None:
+            user, age_ms = await self.one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
-        return self._reply(await self._find(query, request, deadline, age_ms=age_ms))
+        found = await self._find(query, request, deadline, age_ms=age_ms)
+        return Recommended(self._reply(found), user, found.age_ms)
+
+    async def items_exist(self, ids: Sequence[int], deadline: float) -> int | None:
+        """How old in ms the answer may be, when it is that all of them are there; else None."""
+        records, age_ms = await self._look_up(Kind.ITEM, ids, deadline, ())
+        return age_ms if all(isinstance(record, StoredRecord) for record in records) else None
+
+    def allowed_s(self, timeout_ms: float | None) -> float:
+        """How long a read may take that asks for that limit."""
+        return (timeout_ms or self._config.deadline_ms) / 1000
 
     async def _similar(self, request: requests.Similar) -> dict[str, Any]:
         deadline = self._deadline(request.timeout_ms)
@@ -126,7 +152,7 @@ class Coordinator:
 
     async def _batch(self, request: requests.Batch) -> dict[str, Any]:
         deadline = self._deadline(request.timeout_ms)
-        user, age_ms = await self._one_user(request.user_id, deadline, request.session)
+        user, age_ms = await self.one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
 
         async def ask(node: str, ids: Sequence[int], timeout_s: float) -> Answers[Any]:
@@ -176,7 +202,7 @@ class Coordinator:
     # -- fan-out ------------------------------------------------------------------------------------------------
 
     def _deadline(self, timeout_ms: float | None) -> float:
-        return trio.current_time() + (timeout_ms or self._config.deadline_ms) / 1000
+        return trio.current_time() + self.allowed_s(timeout_ms)
 
     def _assign_all(self) -> Assignment:
         """Of all shards, for a first try. Not to be changed: the requests of a frame share it."""
@@ -274,7 +300,7 @@ class Coordinator:
         age_ms = max([age_ms, *[part.age_ms for part in parts]])
         return Found(_merge(parts, request, drop), missing, len(self._all), reasons, age_ms)
 
-    async def _one_user(self, user_id: int, deadline: float, session: Session) -> tuple[StoredRecord, int]:
+    async def one_user(self, user_id: int, deadline: float, session: Session) -> tuple[StoredRecord, int]:
         """The user and how old, in ms, the replica that brought it may be."""
         (record,), age_ms = await self._look_up(Kind.USER, [user_id], deadline, session)
         if not isinstance(record, StoredRecord):
