@@ -9,6 +9,7 @@ sides send and decode the same bytes; runs alternate. L1 is a real redis-server;
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
 import statistics
@@ -36,6 +37,7 @@ USERS = 500
 ITEMS = 5_000
 DIM = 64
 RATE = 1_660.0
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 ECHO = "bare trio-websocket echo of the same reply frames"
 
 
@@ -83,8 +85,8 @@ def _frames(framed: int) -> list[bytes]:
     return frames
 
 
-async def _exchange(port: int, framed: int, seconds: float) -> tuple[float, list[float]]:
-    """Requests per second with DEPTH or more in flight, and seconds from frame to answer (only exact for `framed` 1)."""
+async def _exchange(port: int, framed: int, seconds: float) -> float:
+    """Requests per second with DEPTH or more in flight."""
     frames, most = _frames(framed), max(DEPTH // framed, 4) * framed
     async with open_websocket_url(
         f"ws://127.0.0.1:{port}", message_queue_size=64, receive_buffer_size=RECEIVE_BYTES
@@ -94,11 +96,10 @@ async def _exchange(port: int, framed: int, seconds: float) -> tuple[float, list
 
 async def _pump(
     ws: WebSocketConnection, frames: Sequence[bytes], framed: int, most: int, seconds: float
-) -> tuple[float, list[float]]:
+) -> float:
     in_flight = answered = 0
     sending = True
     room = trio.Event()
-    took: list[float] = []
     began = time.perf_counter()
 
     async def send() -> None:
@@ -123,7 +124,7 @@ async def _pump(
             room.set()
             room = trio.Event()
         nursery.cancel_scope.cancel()
-    return answered / (time.perf_counter() - began), took
+    return answered / (time.perf_counter() - began)
 
 
 async def _one_by_one(port: int, count: int) -> float:
@@ -179,8 +180,34 @@ def _counters(node: Daemon) -> dict[str, dict[str, int]]:
     return found
 
 
+def _warm(node: Daemon, level: str) -> None:
+    """Until a round brings no more misses."""
+    while True:
+        before = _counters(node)[level]["misses"]
+        trio.run(_exchange, node.app_port, 1, 1.0)
+        if before and _counters(node)[level]["misses"] == before:
+            return
+
+
+def _costed(pid: int, spent: list[float], rate: Callable[[], float], seconds: float) -> Callable[[], float]:
+    """`rate`, which also notes what a request has cost that process, in µs of CPU."""
+
+    def run() -> float:
+        before = _cpu_s(pid)
+        found = rate()
+        spent.append(1e6 * (_cpu_s(pid) - before) / (found * seconds))
+        return found
+
+    return run
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_S
+
+
 def _rate(port: int, framed: int, seconds: float) -> Callable[[], float]:
-    return lambda: trio.run(_exchange, port, framed, seconds)[0]
+    return lambda: trio.run(_exchange, port, framed, seconds)
 
 
 def l0(folder: Path, wanted: Callable[[str], bool], seconds: float, runs: int) -> None:
@@ -196,18 +223,27 @@ def l0(folder: Path, wanted: Callable[[str], bool], seconds: float, runs: int) -
         ):
             if not wanted(name):
                 continue
-            trio.run(_exchange, node.app_port, framed, 2.0)
+            _warm(node, "l0")
             pipe.send(trio.run(_reply_frame, node.app_port, framed))
             pipe.recv()
             say(f"{name}: {runs} runs of {seconds} s each, and as many of the echo")
             before = _counters(node)
+            spent: dict[str, list[float]] = {"ours": [], "echo": []}
+            assert node.process is not None
+            assert process.pid is not None
             ours, echo = interleaved(
-                _rate(node.app_port, framed, seconds), _rate(echo_port, framed, seconds), runs
+                _costed(node.process.pid, spent["ours"], _rate(node.app_port, framed, seconds), seconds),
+                _costed(process.pid, spent["echo"], _rate(echo_port, framed, seconds), seconds),
+                runs,
             )
             after = _counters(node)
             hits, misses = (after["l0"][key] - before["l0"][key] for key in ("hits", "misses"))
             assert misses <= hits / 100, f"{misses} misses of {hits + misses}: this measures no hits"
             figure(name, ours, "requests/s", peer=ECHO, peer_value=echo, target=target, n=runs)
+            figure(
+                name + "_cpu_us", statistics.median(spent["ours"]), "µs of CPU per request", peer=ECHO,
+                peer_value=statistics.median(spent["echo"]), target="(for builders)", n=runs,
+            )  # fmt: skip
     pipe.send(None)
     process.join()
 
@@ -218,8 +254,8 @@ def l1(folder: Path, wanted: Callable[[str], bool], seconds: float, runs: int) -
         _node(folder / "with-l0", "") as near,
         _node(folder / "without-l0", f'l0_bytes = 0\nredis = "{server.url}"\nredis_timeout_ms = 200') as far,
     ):
-        for node in (near, far):
-            trio.run(_exchange, node.app_port, 1, 1.5)
+        _warm(near, "l0")
+        _warm(far, "l1")
         if wanted("cache.l1_rate"):
             say(f"cache.l1_rate: {runs} runs of {seconds} s each, and as many of L0")
             before = _counters(far)
