@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import tomllib
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -271,6 +272,10 @@ def _check_cache(cache: CacheConfig) -> None:
     # The URL is not shown: it may hold a password.
     if cache.redis and not cache.redis.startswith(("redis://", "rediss://", "unix://")):
         raise ConfigError("cache.redis: must begin with redis://, rediss:// or unix://")
+    try:
+        _ = urllib.parse.urlsplit(cache.redis).port
+    except ValueError:
+        raise ConfigError("cache.redis: its port must be a number up to 65,535") from None
     if cache.redis and cache.redis_cluster:
         raise ConfigError("cache.redis_cluster: give either this or cache.redis, not both")
     for i, node in enumerate(cache.redis_cluster):

@@ -29,9 +29,10 @@ log = structlog.get_logger(__name__)
 
 ASKS_MAX = 2_048
 TRIP_ASKS = 256
-TRIP_PUTS = 256
+# Puts of one trip, beside one that is larger.
+TRIP_PUT_BYTES = 256 << 10
 PUT_BYTES_MAX = 16 << 20
-VALUE_BYTES_MAX = 1 << 20
+VALUE_BYTES_MAX = 256 << 10
 # While Redis has no memory, values are not sent to be refused.
 FULL_S = 1.0
 COMPLAIN_EVERY_S = 60.0
@@ -140,8 +141,7 @@ class RedisStore:
     async def _go(self) -> None:
         asks = [self._asks.popleft() for _ in range(min(TRIP_ASKS, len(self._asks)))]
         asks = [ask for ask in asks if not ask.over]
-        puts = [self._puts.popleft() for _ in range(min(TRIP_PUTS, len(self._puts)))]
-        self._put_bytes -= sum(len(put.value) for put in puts)
+        puts = self._take_puts()
         if not self._asks and not self._puts:
             self._wake = trio.Event()
         if not asks and not puts:
@@ -170,6 +170,15 @@ class RedisStore:
             self._away_since = None
             self.counters.trips += 1
             self.counters.trip_ns += time.perf_counter_ns() - began
+
+    def _take_puts(self) -> list[Put]:
+        puts: list[Put] = []
+        taken = 0
+        while self._puts and taken < TRIP_PUT_BYTES:
+            puts.append(self._puts.popleft())
+            taken += len(puts[-1].value)
+        self._put_bytes -= taken
+        return puts
 
     def _succeeded(self, asks: Sequence[Ask], puts: Sequence[Put], brought: Brought) -> None:
         self._breaker.succeeded()

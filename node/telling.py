@@ -184,12 +184,3 @@ class Telling:
         else:
             self.counters["unanswered"] += 1
         known.sent = -1
-
-    def forget(self, peers: Iterable[str]) -> None:
-        """Those are members no more."""
-        for peer in peers:
-            self._peers.pop(peer, None)
-
-    @property
-    def peers(self) -> list[str]:
-        return list(self._peers)
