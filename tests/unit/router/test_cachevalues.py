@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgpack
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.cachekeys import answer_key, context_hash, media_key, user_key
@@ -87,6 +87,7 @@ def test_a_user_comes_back_with_the_fp16_bytes_first() -> None:
     assert unpack_user(7, 8, packed) is None
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_values_that_were_cut_or_changed_are_none(data: st.DataObject) -> None:
     for packed in (pack_answer(7, HASH, ANSWER), pack_user(7, USER)):
@@ -98,6 +99,7 @@ def test_values_that_were_cut_or_changed_are_none(data: st.DataObject) -> None:
             assert unpack_user(7, 4, rubbish) is None
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.text() | st.none() | st.lists(st.integers()))
 def test_foreign_values_are_none(rubbish: object) -> None:
     assert unpack_answer(7, HASH, rubbish) is None

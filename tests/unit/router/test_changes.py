@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.changes import KEEP_S, Changes
@@ -13,6 +13,7 @@ from router.ring import shard_of
 STEP = st.tuples(st.sampled_from(["user", "item", "drop", "expire", "ticket"]), st.integers(0, 5))
 
 
+@settings(deadline=None)
 @given(st.lists(STEP, max_size=80))
 def test_nothing_from_before_a_change_is_admitted(steps: list[tuple[str, int]]) -> None:
     changes = Changes(0.0, users_max=3, items_max=3)

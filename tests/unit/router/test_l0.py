@@ -7,7 +7,7 @@ import random
 
 import msgpack
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.l0 import L0, Entry
@@ -73,9 +73,10 @@ def test_one_that_is_too_large_is_not_kept() -> None:
     assert l0.statistics()["too_large"] == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.sampled_from("ab"), st.integers(0, 4)), max_size=60))
 def test_bytes_are_those_of_the_entries_and_the_least_used_go(steps: list[tuple[int, str, int]]) -> None:
-    l0 = L0(12_000, 300.0, random.Random(3).random)
+    l0 = L0(16_000, 300.0, random.Random(3).random)
     used: list[tuple[int, str]] = []
     for now, (user, context, what) in enumerate(steps):
         key = (user, context)
@@ -89,9 +90,7 @@ def test_bytes_are_those_of_the_entries_and_the_least_used_go(steps: list[tuple[
         else:
             l0.put(_entry(user, context, k=what), float(now))
             used = [one for one in used if one != key] + [key]
-        assert l0.bytes == sum(entry.size for entry in l0._entries.values()) <= 12_000
+        assert l0.bytes == sum(entry.size for entry in l0._entries.values()) <= 16_000
         there = list(l0._entries)
         assert there == [one for one in used if one in there]
         assert set(l0._of_user) == {user for user, _ in there}
-    if used:
-        assert used[-1] in l0._entries or not l0._entries or used[-1][0] not in l0._of_user
