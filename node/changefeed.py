@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -14,11 +13,11 @@ from node.links import Links
 from node.peerlink import PeerError, RemoteError
 from node.shard import ShardActor
 from node.telling import Change, Telling, Told
-from router.cachevalues import Origin
+from router.cachevalues import TICK_MS, Origin
 from router.changes import Changes
 from storage.records import Kind, Operation, Record
 
-TICK_S = 0.2
+TICK_S = TICK_MS / 1000
 # A message that is not answered by then is sent again, to be heard soon after a link is back.
 ANSWER_S = 1.0
 
@@ -136,9 +135,7 @@ class ChangeFeed:
         return self._hearing.trusts(origin, self.changes.complete_since)
 
     def origin(self, age_ms: int) -> Origin:
-        # Rounds are never nearer to each other than TICK_S, so this many back is at least as long ago.
-        back = math.ceil(age_ms / (1000 * TICK_S)) + 1 if age_ms else 0
-        return Origin(self._name, self._boot, self._telling.tick - back)
+        return Origin(self._name, self._boot, self._telling.tick).older(age_ms)
 
     def statistics(self) -> dict[str, Any]:
         now = trio.current_time()

@@ -17,6 +17,7 @@ from router.wire import Columns
 
 FORMAT = 1
 VALUE_BYTES_MAX = 8 << 20
+TICK_MS = 200
 Version = tuple[int, int]
 
 
@@ -26,6 +27,10 @@ class Origin(NamedTuple):
     node: str
     boot: int
     tick: int
+
+    def older(self, age_ms: int) -> Origin:
+        """Of something that is at least so much older. Ticks are never nearer to each other than TICK_MS."""
+        return self._replace(tick=self.tick - -(-age_ms // TICK_MS) - 1) if age_ms else self
 
 
 class CachedAnswer(NamedTuple):

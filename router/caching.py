@@ -31,8 +31,8 @@ L1_SHARE = 0.5
 # An error that everybody who asks now would get; it is shared with who waits, and not kept.
 FINAL = frozenset({"unknown_user"})
 
-# The classes of a user's record that came from L1, which has none; it is not sent there again.
-FROM_STORE: tuple[int, ...] = (-1,)
+# Looking up more items than this is no cheaper than computing the answer.
+REVALIDATED_MAX = 200
 
 Reply = dict[str, Any]
 
@@ -166,7 +166,8 @@ class Caches:
         deadline = trio.current_time() + allowed_s
         return await self._flights.run(
             request.user_id,
-            (context, request.session),
+            # Whatever else a request may ask for, it is the same only when that is.
+            dataclasses.replace(request, timeout_ms=None),
             lambda: self._answer(request, context, deadline),
             allowed_s=allowed_s,
             shareable=_complete,
@@ -175,7 +176,7 @@ class Caches:
 
     async def _answer(self, request: Recommend, context: str, deadline: float) -> Reply:
         """From L1, or computed."""
-        user: StoredRecord | None = None
+        user: CachedUser | None = None
         if self._store is not None and not request.session:
             ticket = self._changes.ticket(trio.current_time())
             found, user = await self._ask(self._store, request.user_id, context, deadline)
@@ -186,15 +187,17 @@ class Caches:
         return await self._compute(request, context, deadline, user)
 
     async def _compute(
-        self, request: Recommend, context: str, deadline: float, user: StoredRecord | None
+        self, request: Recommend, context: str, deadline: float, user: CachedUser | None
     ) -> Reply:
+        """user: from L1, when that has one that may be used."""
         began, ticket = time.perf_counter_ns(), self._changes.ticket(trio.current_time())
         token = () if request.session or user is not None else self._own.token(request.user_id, ticket.at)
         try:
             if token:
                 made = await self._read_own(request, deadline, token)
             else:
-                made = await self._coordinator.recommend(request, deadline, user)
+                record = None if user is None else StoredRecord(user.version, user.vector, (), b"")
+                made = await self._coordinator.recommend(request, deadline, record)
         finally:
             self._computed.waited_ns += time.perf_counter_ns() - began
         self._computed.hits += 1
@@ -205,7 +208,7 @@ class Caches:
                 # Short of a hit, and from a replica that lags: good for now only.
                 self._computed.not_kept += 1
                 return {**made.reply, "hits": left}
-        return self._keep(request, context, made, ticket)
+        return self._keep(request, context, made, ticket, user)
 
     async def _read_own(self, request: Recommend, deadline: float, token: Session) -> Recommended:
         """Of a user whom this node has just written: by a replica that has that write, if there is one that answers."""
@@ -220,30 +223,33 @@ class Caches:
 
     # -- filling --------------------------------------------------------------------------------------------------
 
-    def _keep(self, request: Recommend, context: str, made: Recommended, ticket: Ticket) -> Reply:
-        """The reply, which is now in L0, and on its way to L1, when it may be kept."""
+    def _keep(
+        self, request: Recommend, context: str, made: Recommended, ticket: Ticket, cached: CachedUser | None
+    ) -> Reply:
+        """The reply, which is now in L0, and on its way to L1, when it may be kept. cached: the user that L1 had."""
         reply, user, user_id = made.reply, made.user, request.user_id
         if not _complete(reply) or "stale_ms" in reply:
             self._computed.not_kept += 1
             return reply
-        columns: Columns = reply["hits"]
-        kept = self._keep_here(
-            user_id, context, Kept(reply), user.version, made.age_ms, ticket, request.session
-        )
+        hits: Columns = reply["hits"]
+        # Slices of a whole batch's arrays would keep that alive.
+        columns = Columns(hits.ids.copy(), hits.scores.copy(), hits.metadata)
+        fresh = Kept({**reply, "hits": columns})
+        kept = self._keep_here(user_id, context, fresh, user.version, made.age_ms, ticket, request.session)
         if kept is None:
             self._computed.not_kept += 1
             return reply
         if self._store is not None:
-            # It reflects what was there so long before now.
+            # It reflects what was there so long before now; or, if its user came from L1, before that was begun.
             age_ms = made.age_ms + int(1000 * (trio.current_time() - ticket.at))
-            origin = self._trust.origin(age_ms)
+            origin = self._trust.origin(age_ms) if cached is None else cached.origin.older(age_ms)
             answer = CachedAnswer(user.version, origin, columns, reply["coverage"]["total"])
             self._send(
                 cachekeys.answer_key(user_id, context),
                 cachevalues.pack_answer(user_id, context, answer),
                 cachekeys.ANSWER_TTL_S,
             )
-            if user.classes is not FROM_STORE:
+            if cached is None:
                 packed = cachevalues.pack_user(user_id, CachedUser(user.version, origin, user.vector))
                 self._send(cachekeys.user_key(user_id), packed, cachekeys.USER_TTL_S)
         return kept
@@ -278,7 +284,7 @@ class Caches:
 
     async def _ask(
         self, store: Store, user_id: int, context: str, deadline: float
-    ) -> tuple[CachedAnswer | None, StoredRecord | None]:
+    ) -> tuple[CachedAnswer | None, CachedUser | None]:
         """What L1 has of the answer; else of the user, when that may be used."""
         level, began = self._l1_level, time.perf_counter_ns()
         now = trio.current_time()
@@ -297,7 +303,7 @@ class Caches:
             return None, None
         if not self._changes.admits_user(user_id, user.version):
             return None, None
-        return None, StoredRecord(user.version, user.vector, FROM_STORE, b"")
+        return None, user
 
     def _knows(self, origin: cachevalues.Origin) -> bool:
         """Whether every change since a value of that origin was begun is known here."""
@@ -329,6 +335,8 @@ class Caches:
         self, user_id: int, found: CachedAnswer, ids: Sequence[int], deadline: float
     ) -> int | None:
         """How old in ms the proof may be that neither the user was written nor an item deleted since; None: no proof."""
+        if len(ids) > REVALIDATED_MAX:
+            return None
         try:
             token = self._own.token(user_id, trio.current_time())
             user, age_ms = await self._coordinator.one_user(user_id, deadline, token)

@@ -407,7 +407,8 @@ def test_whatever_happens_no_answer_is_older_than_what_this_node_was_told(seed: 
                     nursery.start_soon(ask)
                 await trio.sleep(rng.choice([0.0, 0.003, 0.03]))
         assert answers > 200
-        assert lab.caches.statistics()["l0"]["hits"] > 20
+        assert lab.caches.statistics()["l0"]["hits"] > 0
+        assert lab.caches.statistics()["l1"]["hits"] > 0
 
     play(scene)
 
