@@ -257,3 +257,14 @@ def test_a_message_of_another_shape_is_refused() -> None:
         with pytest.raises((TypeError, ValueError)):
             Told.read(body)
     assert Told.read([1, 2, 3, [[0, 1, 5]], [[7, 1, 2]], [9], False]).led[0].covers_ms == 5
+
+
+def test_a_replica_made_anew_covers_nothing_from_before() -> None:
+    one = Telling(1, 0.0)
+    one.applied(0, [Change(7, (1, 1))], False, 99.0)
+    one.replaced(0, 99.5)
+    one.begin_round({0: 2, 1: 2}, 100.0)
+    assert {led.shard: led.covers_ms for led in one.led({0: 2, 1: 2}, 100.0)} == {0: 500, 1: 10_000}
+    told = one.compose("b", {0: 2, 1: 2}, 100.0)
+    assert told is not None
+    assert told.users == []
