@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ class RedisTrips:
         """After a failure: the next trip connects anew, and asks a cluster for its nodes anew."""
         client, self._client = self._client, None
         if client is not None:
-            client.close()
+            with contextlib.suppress(Exception):  # it is broken anyway
+                client.close()
 
     def _connect(self) -> Redis | RedisCluster:
         config = self._config
