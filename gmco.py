@@ -1,7 +1,8 @@
 """GMC-O's client: `async with gmco.connect([...]) as client`, or `with gmco.connect_blocking([...]) as client`.
 
 Any node answers any request, so a client keeps one connection, shares it among all its tasks (requests that wait at the
-same moment share a frame), and moves to the next node when it breaks or refuses. The wire is told in docs/protocol.md.
+same moment share a frame), and moves to the next node when it breaks or refuses. What is about one user goes to that user's
+node, which has the answer in its cache, while there is a connection to it. The wire is told in docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ssl
 import struct
 import threading
 import urllib.parse
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -374,6 +376,8 @@ class Client:
         self._not_before = dict.fromkeys(self._urls, 0.0)
         self._why: dict[str, GmcoError] = {}  # of nodes that could not be connected to, until they can
         self._dialling = trio.Lock()
+        self._wanted: set[str] = set()  # being connected to for users' sake
+        self._seeds = {url: zlib.crc32(url.encode()) for url in self._urls}
         self._calls: set[trio.CancelScope] = set()
         self._closed = False
 
@@ -497,7 +501,11 @@ class Client:
     ) -> Answer:
         """The k best items for a user, among those that the class ids allow."""
         fields = _query(k, require_all, require_any, exclude, metadata, session, priority, require_full)
-        return _answer(await self._call("recommend", {"user_id": user_id, **fields}, timeout_s, bounded=True))
+        return _answer(
+            await self._call(
+                "recommend", {"user_id": user_id, **fields}, timeout_s, bounded=True, user=user_id
+            )
+        )
 
     async def similar(
         self,
@@ -554,7 +562,7 @@ class Client:
         fields = {"user_id": user_id, "media_ids": list(media_ids), "metadata": metadata}
         fields |= _wishes("interactive", require_full)
         fields["session"] = [list(one) for one in session]
-        return _answer(await self._call("batch", fields, timeout_s, bounded=True))
+        return _answer(await self._call("batch", fields, timeout_s, bounded=True, user=user_id))
 
     async def get_items(
         self,
@@ -610,7 +618,8 @@ class Client:
             {"user_id": u.user_id, "vector": v, "classes": list(u.classes), "metadata": dict(u.metadata)}
             for u, v in zip(given, vectors, strict=True)
         ]
-        return await self._write("put_users", {"users": records, **dtype}, ack, write_id, timeout_s)
+        user = given[0].user_id if len(given) == 1 else None
+        return await self._write("put_users", {"users": records, **dtype}, ack, write_id, timeout_s, user)
 
     async def delete_items(
         self,
@@ -632,7 +641,8 @@ class Client:
         timeout_s: float | None = None,
     ) -> Written:
         """Deletes users; those that do not exist are no error."""
-        return await self._write("delete_users", {"user_ids": list(ids)}, ack, write_id, timeout_s)
+        user = ids[0] if len(ids) == 1 else None
+        return await self._write("delete_users", {"user_ids": list(ids)}, ack, write_id, timeout_s, user)
 
     async def _get(
         self, kind: str, ids: Sequence[int], vector: bool, session: Session, timeout_s: float | None
@@ -642,11 +652,19 @@ class Client:
         return [_record(raw) for raw in reply["records"]]
 
     async def _write(
-        self, op: str, fields: dict[str, Any], ack: Ack, write_id: bytes | None, timeout_s: float | None
+        self,
+        op: str,
+        fields: dict[str, Any],
+        ack: Ack,
+        write_id: bytes | None,
+        timeout_s: float | None,
+        user: int | None = None,
     ) -> Written:
         write_id = write_id or os.urandom(16)
         fields |= {"ack": ack, "write_id": write_id}
-        return _written(await self._call(op, fields, timeout_s, bounded=True, write=True), write_id)
+        return _written(
+            await self._call(op, fields, timeout_s, bounded=True, write=True, user=user), write_id
+        )
 
     async def _call(
         self,
@@ -657,8 +675,10 @@ class Client:
         bounded: bool = False,
         write: bool = False,
         stay: bool = False,
+        user: int | None = None,
     ) -> dict[str, Any]:
-        """One request with its retries. `bounded`: the op takes timeout_ms. `stay`: once asked, no other node is.
+        """One request with its retries. `bounded`: the op takes timeout_ms. `stay`: once asked, no other node is. `user`: whom
+        it is about.
 
         Once a try of a write was sent and not answered, no refusal of another try says that nothing was written.
         """
@@ -672,7 +692,9 @@ class Client:
         try:
             with scope:
                 for attempt in range(ATTEMPTS_MAX):
-                    link = await self._connected()
+                    behind = last is not None and last.code == _BEHIND
+                    home = None if user is None or behind else self._home(user)
+                    link = home or await self._connected()
                     scope.deadline = deadline
                     if bounded and (write or timeout_s is not None):
                         left_ms = (deadline - trio.current_time()) * 1000
@@ -745,6 +767,32 @@ class Client:
                 if away:
                     until = min(until, give_up_at)
                 await trio.sleep(max(0.001, until - trio.current_time()))
+
+    def _home(self, user_id: int) -> _Link | None:
+        """The connection to that user's node, by rendezvous hashing: always the same one of those that are there.
+
+        A node that is not is connected to meanwhile, for the next request.
+        """
+        if self._closed:
+            return None
+        now, user = trio.current_time(), zlib.crc32(str(user_id).encode())
+        for url in sorted(self._urls, key=lambda url: hash((self._seeds[url], user)), reverse=True):
+            if self._not_before[url] > now:
+                continue  # away, or refuses
+            link = self._links.get(url)
+            if link is not None and link.alive:
+                return link
+            if url not in self._wanted:
+                self._wanted.add(url)
+                self._nursery.start_soon(self._want, url)
+        return None
+
+    async def _want(self, url: str) -> None:
+        try:
+            async with self._dialling:
+                await self._try(url)
+        finally:
+            self._wanted.discard(url)
 
     async def _try(self, url: str) -> _Link | None:
         if self._not_before[url] > trio.current_time():

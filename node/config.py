@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import tomllib
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,6 +21,7 @@ from storage.config import StorageConfig
 
 __all__ = [
     "Address",
+    "CacheConfig",
     "ClusterConfig",
     "Config",
     "ConfigError",
@@ -143,6 +145,24 @@ class RepairConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """What is kept of answers (docs/caching.md)."""
+
+    # In this process; 0: nothing is.
+    l0_bytes: int = field(default=64 << 20, metadata={"range": (0, 1 << 40)})
+    # One server, as in redis://host:6379/0 (rediss:// with TLS, unix:// for a socket); empty: none.
+    redis: str = ""
+    # Or a Redis Cluster: host:port of some of its nodes.
+    redis_cluster: tuple[str, ...] = ()
+    # How long a query waits for it, and it for a connection or a reply.
+    redis_timeout_ms: int = field(default=50, metadata={"range": (1, 10_000)})
+
+    @property
+    def l1(self) -> bool:
+        return bool(self.redis or self.redis_cluster)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
@@ -160,6 +180,7 @@ class Config:
     limits: LimitsConfig = LimitsConfig()
     router: RouterConfig = field(default_factory=RouterConfig)
     repair: RepairConfig = RepairConfig()
+    cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
     warnings: tuple[str, ...] = ()
 
@@ -214,6 +235,7 @@ def parse(text: str, *, folder: Path = Path()) -> Config:
     _check_name("node.name", node.name)
     _check_cluster(whole.cluster)
     _check_gossip(whole.gossip)
+    _check_cache(whole.cache)
     if whole.listen.app_url and not whole.listen.app_url.startswith(("ws://", "wss://")):
         raise ConfigError(f'listen.app_url: must begin with ws:// or wss://, is "{whole.listen.app_url}"')
     # A cluster of one needs no name of its own.
@@ -248,6 +270,23 @@ def _check_gossip(gossip: GossipSettings) -> None:
         len(gossip.key) == 64 and all(c in "0123456789abcdef" for c in gossip.key.lower())
     ):
         raise ConfigError("gossip.key: must be 64 hex digits, as `gmco keyring generate` prints them")
+
+
+def _check_cache(cache: CacheConfig) -> None:
+    # The URL is not shown: it may hold a password.
+    if cache.redis and not cache.redis.startswith(("redis://", "rediss://", "unix://")):
+        raise ConfigError("cache.redis: must begin with redis://, rediss:// or unix://")
+    try:
+        _ = urllib.parse.urlsplit(cache.redis).port
+    except ValueError:
+        raise ConfigError("cache.redis: its port must be a number up to 65,535") from None
+    if cache.redis and cache.redis_cluster:
+        raise ConfigError("cache.redis_cluster: give either this or cache.redis, not both")
+    for i, node in enumerate(cache.redis_cluster):
+        try:
+            parse_address(node)
+        except ValueError as error:
+            raise ConfigError(f"cache.redis_cluster[{i}]: {error}") from error
 
 
 def _check_name(path: str, name: str) -> None:

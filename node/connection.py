@@ -23,7 +23,7 @@ from node.workers import Workers
 from router.errors import RequestError
 from router.fanout import SOURCE
 from router.requests import Limits, Request, parse
-from router.wire import Refused, Reply, RequestId, decode_frame, encode_reply, error_reply, join
+from router.wire import Kept, Refused, Reply, RequestId, decode_frame, encode_reply, error_reply, join
 
 log = structlog.get_logger(__name__)
 _numbers = count(1)
@@ -223,7 +223,7 @@ class Connection:
             self._failed(id, error, json)
             return
         if isinstance(result, dict):
-            self._reply({"id": id, "ok": True, **result}, json)
+            self._succeed(id, result, json)
             return
         self.in_flight += 1
         shared.in_flight += 1
@@ -236,7 +236,7 @@ class Connection:
         except Exception as error:
             self._failed(id, error, json)
         else:
-            self._reply({"id": id, "ok": True, **reply}, json)
+            self._succeed(id, reply, json)
         finally:
             self.in_flight -= 1
             self.shared.in_flight -= 1
@@ -254,12 +254,26 @@ class Connection:
         self.shared.counters.refused += 1
         self._reply(error_reply(id, error), json)
 
+    def _succeed(self, id: RequestId, fields: Reply, json: bool) -> None:
+        if type(fields) is not Kept:
+            self._reply({"id": id, "ok": True, **fields}, json)
+            return
+        try:
+            part = fields.part(id, json)
+        except Exception as error:
+            self._failed(id, error, json)
+        else:
+            self._queue(part, json)
+
     def _reply(self, reply: Reply, json: bool) -> None:
         try:
             part = encode_reply(reply, json)
         except Exception as error:
             self._failed(reply["id"], error, json)
-            return
+        else:
+            self._queue(part, json)
+
+    def _queue(self, part: bytes, json: bool) -> None:
         self._parts[json].append(part)
         self._backlog_bytes += len(part)
         self._wake.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
@@ -14,6 +15,7 @@ import trio
 from gossip.effects import Event
 from node import facts, forming, inforce, joining, layoutfile, notify, promises
 from node.blocking import DedicatedThread, ThreadRunner
+from node.changefeed import ChangeFeed
 from node.config import Address, Config
 from node.duty import open_duty
 from node.facts import Health
@@ -25,6 +27,7 @@ from node.holdings import Holdings
 from node.identity import DataDirectory
 from node.inforce import InForce
 from node.keyrings import Keyrings
+from node.l1 import RedisStore
 from node.lane import SearchLane
 from node.layouts import Layouts, disk_sizes
 from node.links import Links
@@ -48,6 +51,7 @@ from node.snapshots import Snapshots
 from node.status import READY, Parts, own_status
 from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
+from router.caching import Caches, CacheSizes
 from router.coordinator import Coordinator
 from router.errors import RequestError
 from router.layout import Layout
@@ -254,6 +258,10 @@ class Daemon:
             self._config, directory.path, directory.identity.node_id, kept, parts.supervisor, parts.links,
             lambda shard: self._others_vote(placements, shard),
         )  # fmt: skip
+        parts.feed = ChangeFeed(
+            self._name, directory.identity.boots, parts.links, parts.holdings.actors, len(placements)
+        )
+        parts.holdings.applied = parts.feed.applied
         await self._open_shards(placements, notifier)
         await self._start(placements, stack)
 
@@ -363,6 +371,7 @@ class Daemon:
             parts.members, placements, local, links, shards, holdings.replicators, parts.flags, duty.rests
         )
         parts.coordinator = Coordinator(cluster, config.router, metric=config.storage.metric)
+        await self._start_caches(parts.coordinator, cluster.shard_count, stack)
         device = Watched(Health.DEVICE, "the search lane", lane_thread.statistics)
         parts.health = publisher.health = HealthWatch(
             lambda: [*holdings.watched(), device], publisher.on_health
@@ -370,6 +379,27 @@ class Daemon:
         await supervisor.start(parts.health, name="health")
         await supervisor.start(publisher, name="publisher")
         publisher.tell_shards()
+
+    async def _start_caches(self, coordinator: Coordinator, shard_count: int, stack: AsyncExitStack) -> None:
+        parts, config = self._parts, self._config.cache
+        assert parts.feed is not None
+        if config.l1:
+            thread = await stack.enter_async_context(DedicatedThread("redis"))
+            parts.store = RedisStore(config, thread)
+            await parts.supervisor.start(parts.store, name="l1")
+        sizes = CacheSizes(l0_bytes=config.l0_bytes, dim=self._config.storage.dim)
+        parts.caches = Caches(
+            coordinator,
+            parts.feed,
+            parts.feed.changes,
+            sizes,
+            shard_count=shard_count,
+            jitter=random.random,
+            store=parts.store,
+        )
+        parts.feed.caches = parts.caches
+        self._handlers["changes"] = parts.feed.handle_peer
+        await parts.supervisor.start(parts.feed, name="changes")
 
     def _hear_of_primaries(self, event: Event, failover: Failover) -> None:
         """Who leads, for those who were away when it was told."""
@@ -409,6 +439,6 @@ class Daemon:
         if isinstance(request, Operating):
             return self._operations.handle(request)
         parts = self._parts
-        if parts.coordinator is None or parts.state != READY:
+        if parts.caches is None or parts.state != READY:
             raise RequestError("unavailable", f"{self._name} is not ready: {parts.state}; ask another node")
-        return parts.coordinator.handle(request)
+        return parts.caches.handle(request)

@@ -32,6 +32,7 @@ from storage.config import StorageConfig
 from storage.errors import DamagedError
 from storage.files import fsync_directory
 from storage.installing import Installing
+from storage.records import Record
 from storage.replica import Replica
 
 log = structlog.get_logger(__name__)
@@ -61,6 +62,8 @@ class Holdings:
         self.replicators: dict[int, Replicator] = {}
         # Called when the set of replicas has changed.
         self.changed: Callable[[], None] = lambda: None
+        # Told of what replicas apply, as `ShardActor.applied`; set before any is opened.
+        self.applied: Callable[[ShardActor, Sequence[Record] | None], None] = lambda _actor, _records: None
         # By which they catch up by snapshots.
         self.fetcher = Fetcher()
         # Returns when no search uses a replica that was in `actors` at the call.
@@ -131,6 +134,7 @@ class Holdings:
         except BaseException:
             replica.abort()
             raise
+        actor.applied = self.applied
         actor.blank = not replica.position.sequence and bool(damaged_paths(self.path(shard)))
         self._threads[shard], self.actors[shard] = thread, actor
         log.info("recovered", shard=shard, **asdict(replica.recovery))

@@ -125,6 +125,8 @@ class ShardActor:
         # Carry out what the election says, and let a voter on a new disk in again; set by whoever drives it.
         self.act: Callable[[ShardActor, list[Effect]], None] = lambda _actor, _effects: None
         self.readmit: Callable[[ShardActor, str, int], None] = lambda _actor, _voter, _replica: None
+        # Told of records that were applied; None: the replica was made anew, and nobody knows which.
+        self.applied: Callable[[ShardActor, Sequence[Record] | None], None] = lambda _actor, _records: None
 
     # -- what others ask ------------------------------------------------------------------------------------------
 
@@ -494,6 +496,7 @@ class ShardActor:
             raise
         self.counters["batches"] += 1
         self.counters["records"] += len(batch)
+        self.applied(self, batch)
         self._note_placement()
         if self.reign is not None:
             self.reign.progress.durable(self.replica.position.sequence, trio.current_time())
@@ -651,6 +654,7 @@ class ShardActor:
                     self._take_back(before)
                     raise
             self._end = self.replica.position
+            self.applied(self, None)
             self._note_placement()
             self._tell_moved()
             self._tell()

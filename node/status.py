@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from gossip.agent import Agent
+from node.changefeed import ChangeFeed
 from node.config import Config
 from node.duty import Duty
 from node.facts import Health
@@ -17,6 +18,7 @@ from node.failover import Failover
 from node.forming import LayoutGuard
 from node.health import HealthWatch
 from node.holdings import Holdings
+from node.l1 import RedisStore
 from node.lane import SearchLane
 from node.links import Links
 from node.members import Known, Members
@@ -32,6 +34,7 @@ from node.shard import ShardActor
 from node.snapshots import Snapshots
 from node.steering import Steering
 from node.supervisor import Supervisor
+from router.caching import Caches
 from router.coordinator import Coordinator
 from router.layout import Layout
 from storage.records import Kind
@@ -67,6 +70,9 @@ class Parts:
     lane: SearchLane | None = None
     health: HealthWatch | None = None
     coordinator: Coordinator | None = None
+    caches: Caches | None = None
+    store: RedisStore | None = None
+    feed: ChangeFeed | None = None
 
     @property
     def shards(self) -> Mapping[int, ShardActor]:
@@ -223,6 +229,9 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "router": parts.coordinator.statistics() if parts.coordinator else {},
         "peers": parts.coordinator.peers() if parts.coordinator else {},
         "read_bytes": parts.links.read_bytes(),
+        "cache": parts.caches.statistics() if parts.caches else {},
+        "redis": parts.store.statistics() if parts.store else {},
+        "changes": parts.feed.statistics() if parts.feed else {},
         "elections": dict(parts.failover.counters) if parts.failover else {},
         "moves": dict(parts.mover.counters) if parts.mover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},

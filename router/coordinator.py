@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,14 @@ from storage.records import Kind
 __all__ = ["Coordinator", "RouterConfig"]
 
 Score = tuple[float, bytes]
+
+
+class Recommended(NamedTuple):
+    """A reply's fields, the user's record that it was made from, and how old in ms what it says may be."""
+
+    reply: dict[str, Any]
+    user: StoredRecord
+    age_ms: int
 
 
 class Coordinator:
@@ -58,10 +66,28 @@ class Coordinator:
         return self._reply(await self._fanout.find(request.vector, request))
 
     async def _recommend(self, request: requests.Recommend) -> dict[str, Any]:
-        deadline = self._fanout.deadline(request.timeout_ms)
-        user, age_ms = await self._one_user(request.user_id, deadline, request.session)
+        return (await self.recommend(request)).reply
+
+    async def recommend(
+        self, request: requests.Recommend, deadline: float | None = None, user: StoredRecord | None = None
+    ) -> Recommended:
+        """An answer for the caches. user: the record, when it is known already. Raises RequestError."""
+        deadline = deadline or self._fanout.deadline(request.timeout_ms)
+        age_ms = 0
+        if user is None:
+            user, age_ms = await self.one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
-        return self._reply(await self._fanout.find(query, request, deadline, age_ms=age_ms))
+        found = await self._fanout.find(query, request, deadline, age_ms=age_ms)
+        return Recommended(self._reply(found), user, found.age_ms)
+
+    async def items_exist(self, ids: Sequence[int], deadline: float) -> int | None:
+        """How old in ms the answer may be, when it is that all of them are there; else None."""
+        records, age_ms = await self._look_up(Kind.ITEM, ids, deadline, ())
+        return age_ms if all(isinstance(record, StoredRecord) for record in records) else None
+
+    def allowed_s(self, timeout_ms: float | None) -> float:
+        """How long a read may take that asks for that limit."""
+        return self._fanout.allowed_s(timeout_ms)
 
     async def _similar(self, request: requests.Similar) -> dict[str, Any]:
         deadline = self._fanout.deadline(request.timeout_ms)
@@ -88,7 +114,7 @@ class Coordinator:
 
     async def _batch(self, request: requests.Batch) -> dict[str, Any]:
         deadline = self._fanout.deadline(request.timeout_ms)
-        user, age_ms = await self._one_user(request.user_id, deadline, request.session)
+        user, age_ms = await self.one_user(request.user_id, deadline, request.session)
         query = np.frombuffer(user.vector, np.float16)
 
         def begin(node: Node, ids: Sequence[int], timeout_s: float, done: Done[Answers[Score]]) -> Asked:
@@ -137,7 +163,7 @@ class Coordinator:
             out.append(entry)
         return {"records": out} | _stale(age_ms)
 
-    async def _one_user(self, user_id: int, deadline: float, session: Session) -> tuple[StoredRecord, int]:
+    async def one_user(self, user_id: int, deadline: float, session: Session) -> tuple[StoredRecord, int]:
         """The user and how old, in ms, the replica that brought it may be."""
         (record,), age_ms = await self._look_up(Kind.USER, [user_id], deadline, session)
         if not isinstance(record, StoredRecord):

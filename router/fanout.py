@@ -136,7 +136,11 @@ class FanOut:
 
     def deadline(self, timeout_ms: float | None) -> float:
         """When the answer to a request must be there, by trio's clock."""
-        return trio.current_time() + (timeout_ms or self._config.deadline_ms) / 1000
+        return trio.current_time() + self.allowed_s(timeout_ms)
+
+    def allowed_s(self, timeout_ms: float | None) -> float:
+        """How long a read may take that asks for that limit."""
+        return (timeout_ms or self._config.deadline_ms) / 1000
 
     # -- choice ---------------------------------------------------------------------------------------------------
 

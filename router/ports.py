@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import outcome
 
+from router.cachevalues import Origin
 from router.layout import Placement
 from router.merge import Part
 from router.requests import Session
@@ -197,3 +198,26 @@ class Cluster(Protocol):
         """Waits until this node's own replicas have what the session has seen, half of `timeout_s` at most: another may be
         ahead. Those of `shards` that have not, with the code that says so."""
         ...
+
+
+class Trust(Protocol):
+    """What a node has been told of changes, and by whom (docs/caching.md)."""
+
+    def current(self, now: float) -> bool:
+        """Whether every shard's primary has been heard of late, so that no change can be unknown for long."""
+
+    def trusts(self, origin: Origin) -> bool:
+        """Whether all changes since a value of that origin was begun are known."""
+
+    def origin(self, age_ms: int) -> Origin:
+        """Of a value that reflects what was there `age_ms` before now."""
+
+
+class Store(Protocol):
+    """L1. Neither method raises; what goes wrong counts as absent, and is counted."""
+
+    async def get(self, keys: Sequence[str], deadline: float) -> list[bytes | None]:
+        """Values in the order of the keys. It takes no longer than to the deadline."""
+
+    def put(self, key: str, value: bytes, ttl_s: float) -> None:
+        """Sends it sometime soon, if there is room."""

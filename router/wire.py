@@ -44,6 +44,41 @@ class Columns(NamedTuple):
     metadata: list[bytes] | None
 
 
+class Kept(dict[str, Any]):
+    """A reply's fields, `ok` included and `id` not, that will be sent many times: each wire form is made once, when first needed.
+
+    Not to be changed. `size`: bytes of the columns. `grew`: told of each form's bytes; set by whoever keeps count.
+    """
+
+    __slots__ = ("_json", "_msgpack", "grew", "size")
+
+    def __init__(self, fields: Reply) -> None:
+        super().__init__(fields, ok=True)
+        self._json = self._msgpack = b""
+        self.grew: Callable[[int], None] | None = None
+        hits = fields["hits"]
+        self.size = 12 * len(hits.ids) + sum(len(one) + 40 for one in hits.metadata or ())
+
+    def part(self, id: RequestId, json: bool) -> bytes:
+        """What `encode_reply` would make of these fields and that id."""
+        if json:
+            if not self._json:
+                self._json = encode_reply(dict(self), json)[1:]
+                self._tell(self._json)
+            return b'{"id":' + _JSON.encode(id) + b"," + self._json
+        if not self._msgpack:
+            # The header counts the id, too; fewer than 15 fields make it one byte.
+            self._msgpack = encode_reply(dict(self), json)[1:]
+            self._tell(self._msgpack)
+        header: bytes = _PACKER.pack_map_header(len(self) + 1)
+        packed_id: bytes = _PACKER.pack(id)
+        return header + b"\xa2id" + packed_id + self._msgpack
+
+    def _tell(self, made: bytes) -> None:
+        if self.grew is not None:
+            self.grew(len(made))
+
+
 class _RepeatedKeyError(ValueError):
     pass
 

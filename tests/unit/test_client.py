@@ -368,6 +368,52 @@ def test_reads_of_a_session_find_a_node_that_has_it() -> None:
     run(test)
 
 
+def test_a_users_requests_go_to_one_node_and_to_another_one_when_that_is_gone() -> None:
+    async def test() -> None:
+        async with nodes(3) as (_, backends, scopes, urls), gmco.connect(urls) as client:
+
+            async def homes() -> dict[int, list[int]]:
+                """By user: how many of its requests came to each node."""
+                found = {}
+                for user in range(60):
+                    before = [len(b.requests) for b in backends]
+                    for _ in range(3):
+                        await client.recommend(user)
+                    await client.batch(user, [1])
+                    await client.put_users([gmco.User(user, UNIT)])
+                    found[user] = [len(b.requests) - n for b, n in zip(backends, before, strict=True)]
+                return found
+
+            await homes()  # it connects to the others meanwhile
+            while len(client._links) < 3:
+                await trio.sleep(0.01)
+            first = await homes()
+            assert all(sorted(counts) == [0, 0, 5] for counts in first.values())
+            shares = [sum(counts[i] for counts in first.values()) / 5 for i in range(3)]
+            assert min(shares) >= 8, shares
+            async with gmco.connect(urls[::-1]) as other:
+                for user in range(3):
+                    await other.recommend(user)
+                while len(other._links) < 3:
+                    await other.recommend(0)
+                before = [len(b.requests) for b in backends]
+                for user in range(60):
+                    await other.recommend(user)
+                moved = [len(b.requests) - n for b, n in zip(backends, before, strict=True)]
+            assert moved == shares  # every client finds the same node
+
+            scopes[1].cancel()
+            second = await homes()
+            await trio.sleep(0.1)
+            second = await homes()
+            for user, counts in first.items():
+                assert second[user][1] == 0
+                if not counts[1]:
+                    assert second[user] == counts  # nobody else had to move
+
+    run(test)
+
+
 def test_deadlines() -> None:
     async def test() -> None:
         async with nodes(1) as (_, (backend,), (scope,), urls), gmco.connect(urls) as client:

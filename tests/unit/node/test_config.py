@@ -87,6 +87,13 @@ def test_storage_takes_the_fields_of_its_own_dataclass() -> None:
         (MINIMAL + "[listen]\napp_port = 65536\n", "listen.app_port: must be from 0 to 65,535, is 65,536"),
         (MINIMAL + '[log]\nlevel = "loud"\n', "log.level: must be one of"),
         (MINIMAL + "log = 3\n", "node.log: unknown key"),
+        (MINIMAL + '[cache]\nredis = "localhost:1"\n', "cache.redis: must begin with redis://"),
+        (MINIMAL + '[cache]\nredis = "redis://h:x"\n', "cache.redis: its port must be a number"),
+        (MINIMAL + '[cache]\nredis_cluster = ["h"]\n', 'cache.redis_cluster[0]: must be "host:port"'),
+        (
+            MINIMAL + '[cache]\nredis = "redis://h"\nredis_cluster = ["h:1"]\n',
+            "cache.redis_cluster: give either this or cache.redis",
+        ),
         ("log = 3\n" + MINIMAL, "log: must be a table, is a whole number"),
         (MINIMAL + "[cluster]\nseeds = 3\n", "cluster.seeds: must be a list"),
         (MINIMAL + "[[cluster.members]]\n", "cluster.members: unknown key"),

@@ -20,7 +20,7 @@ from node.server import AppServer, Connection, ServerBounds
 from router.errors import RequestError
 from router.operating import Status
 from router.requests import Get, Limits, Recommend, Request, Search
-from router.wire import Columns, Reply
+from router.wire import Columns, Kept, Reply
 
 LIMITS = Limits(dim=4, frame_bytes_max=200_000)
 
@@ -380,5 +380,34 @@ def test_a_port_in_use_is_a_plain_oserror() -> None:
                 with pytest.raises(OSError, match="ddress") as refused:
                     await nursery.start(second.run)
                 assert refused.value.errno == errno.EADDRINUSE
+
+    run(test)
+
+
+def test_a_kept_reply_is_sent_with_each_requests_id_and_in_its_form() -> None:
+    columns = Columns(np.arange(2, dtype=np.uint64), np.ones(2, np.float32), [msgpack.packb({"t": "x"}), b""])
+    kept = Kept({"hits": columns})
+
+    def answer(request: Request, connection: Connection) -> Reply:
+        return kept
+
+    async def test() -> None:
+        server = AppServer(answer, LIMITS, port=0)
+        async with trio.open_nursery() as nursery:
+            url = f"ws://127.0.0.1:{await nursery.start(server.run)}"
+            async with dial(url) as ws:
+                frame = [{"id": i, "op": "recommend", "user_id": 1} for i in (5, "six")]
+                await ws.send_message(msgpack.packb(frame))
+                replies = msgpack.unpackb(await ws.get_message())
+                assert [one["id"] for one in replies] == [5, "six"]
+                assert all(one["ok"] and len(one["hits"]["scores"]) == 8 for one in replies)
+                await ws.send_message(json.dumps(frame[0]))
+                reply = json.loads(await ws.get_message())
+                hits = [
+                    {"media_id": 0, "score": 1.0, "metadata": {"t": "x"}},
+                    {"media_id": 1, "score": 1.0, "metadata": {}},
+                ]
+                assert reply == {"id": 5, "ok": True, "hits": hits}
+            nursery.cancel_scope.cancel()
 
     run(test)
