@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,8 +54,12 @@ class LaneTimeoutError(Exception):
 class SearchLane:
     """Natural batching: what arrives while a batch runs is the next batch."""
 
-    def __init__(self, runner: Runner, *, queue_max: int) -> None:
+    def __init__(
+        self, runner: Runner, *, queue_max: int, sizes: Callable[[float], None] = lambda size: None
+    ) -> None:
+        """sizes: told of each batch how many queries it has."""
         self._runner = runner
+        self._sizes = sizes
         self._commit: GroupCommit[LaneAsk, LaneReply] = GroupCommit(
             self._flush, waiting_max=queue_max, batch_max=BATCH_MAX
         )
@@ -98,6 +102,7 @@ class SearchLane:
                 return
 
     async def _flush(self, asks: list[LaneAsk]) -> list[LaneReply | Exception]:
+        self._sizes(len(asks))
         return await self._runner(self._run_batch, asks)
 
     def _run_batch(self, asks: list[LaneAsk]) -> list[LaneReply | Exception]:
