@@ -230,7 +230,7 @@ def _schemas(limits: Limits) -> Schema:
 def _id() -> Schema:
     return {
         "anyOf": [_u64(), {"type": "string", "pattern": "^[0-9]{1,19}$"}],
-        "description": "Unsigned, 64 bits: a number, or its decimal digits as text.",
+        "description": "Unsigned, 64 bits: a whole number (1.0 is none), or its decimal digits as text.",
     }
 
 
