@@ -2,8 +2,8 @@
 
     locust -f bench/locustfile.py --headless -u 50 -r 50 -t 30s --host http://127.0.0.1:7401
 
-Several nodes: GMCO_HOSTS=http://a:7401,http://b:7401 (each of Locust's users asks one of them). GMCO_USERS and GMCO_ITEMS say how many
-there are (ids from 1; the demo has 300 and 17,472). Stands alone: Locust brings its own Python.
+Several nodes: GMCO_HOSTS=http://a:7401,http://b:7401 (each of Locust's users asks one of them). GMCO_USERS and GMCO_ITEMS say
+how many there are (ids from 1; the demo has 300 and 17,472). Stands alone: Locust brings its own Python.
 """
 
 from __future__ import annotations
