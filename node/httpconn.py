@@ -85,7 +85,7 @@ class Shared:
 
 
 class HttpConnection:
-    """`waiting_since`: since when it waits for a whole request (monotonic); infinite while one is answered."""
+    """`waiting_since`: since when it waits for its client (monotonic); infinite while we make an answer."""
 
     def __init__(self, shared: Shared, stream: trio.SocketStream) -> None:
         self.shared = shared
@@ -94,7 +94,7 @@ class HttpConnection:
         self._stream = stream
         self._reader = RequestReader(shared.bounds.wire)
         self._scope = trio.CancelScope()
-        self._late = self._sending = False
+        self._busy = self._late = self._sending = False
         self._out: list[bytes] = []
         self._out_bytes = 0
         self._held_bytes = 0
@@ -109,7 +109,8 @@ class HttpConnection:
             if gently:
                 self._reader.drop_body()
                 self._hold(0)
-                with trio.move_on_after(LINGER_S):
+                # Also to be cut short when its place is wanted.
+                with trio.move_on_after(LINGER_S) as self._scope:
                     await self._linger()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client went away in the middle of something
@@ -124,7 +125,7 @@ class HttpConnection:
     @property
     def idle(self) -> bool:
         """Nothing is under way, and nothing has begun to come."""
-        return self.waiting_since != math.inf and self._reader.between
+        return not self._busy and self._reader.between
 
     def abort(self) -> None:
         self._scope.cancel()
@@ -148,7 +149,8 @@ class HttpConnection:
             requests, refusal = reader.feed(data)
             self._hold(reader.body_bytes + sum([len(request.body) for request in requests]))
             if requests:
-                self.waiting_since = self.expires = math.inf  # whoever answers has a deadline of its own
+                self._busy = True
+                self._ours_to_act()
             for request in requests:
                 if not await self._answer(request):
                     await self._flush()
@@ -170,6 +172,7 @@ class HttpConnection:
                 self._put(CONTINUE)
             await self._flush()
             self._hold(reader.body_bytes)
+            self._busy = False
             self._set_time(fresh=bool(requests), was_between=was_between, was_in_body=was_in_body)
             if shared.stopping and reader.between:
                 return False
@@ -215,8 +218,12 @@ class HttpConnection:
         )
         if self._out_bytes >= SEND_BYTES or len(self._out) >= SEND_ANSWERS:
             await self._flush()
-            self.expires = math.inf
+            self._ours_to_act()
         return keep_alive
+
+    def _ours_to_act(self) -> None:
+        """Whoever answers has a deadline of its own."""
+        self.waiting_since = self.expires = math.inf
 
     def _refuse(self, refusal: HttpError) -> None:
         """What is no request, or not a whole one."""
@@ -234,7 +241,9 @@ class HttpConnection:
         data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
         self._out.clear()
         self._out_bytes = 0
-        self._sending, self.expires = True, time.monotonic() + self.shared.bounds.send_s
+        now = time.monotonic()
+        self._sending, self.expires = True, now + self.shared.bounds.send_s
+        self.waiting_since = min(self.waiting_since, now)
         await self._stream.send_all(data)
         self._sending = False
 

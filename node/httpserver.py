@@ -117,7 +117,7 @@ class HttpServer:
             self._gone.set()
 
     def _make_room(self) -> bool:
-        """The connection that has waited longest for a whole request goes: who holds many open must not keep others out."""
+        """The connection that has waited longest for its client goes: who holds many open must not keep others out."""
         oldest = min(self._shared.connections, key=lambda one: one.waiting_since)
         if oldest.waiting_since == math.inf:
             return False

@@ -69,7 +69,8 @@ def node_fact(config: Config, reached_at: str) -> NodeFact:
 
 def _http(config: Config, host: str) -> str:
     listen = config.listen
-    if not config.http.enabled:
+    # A port that the system gives is not known yet.
+    if not config.http.enabled or not (listen.http_url or listen.http_port):
         return ""
     return listen.http_url or f"http://{Address(host, listen.http_port)}"
 

@@ -362,3 +362,28 @@ def test_bounds_of_one_request_are_those_given() -> None:
             assert statuses(await all_of(stream)) == [413]
 
     run(test)
+
+
+def test_who_does_not_read_and_who_was_refused_make_room_too() -> None:
+    async def test() -> None:
+        async with serving(connections_max=3) as (server, backend):
+            async with dial(server) as deaf, dial(server) as refused, dial(server) as busy:
+                deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+                await deaf.send_all(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+                await refused.send_all(b"nonsense\r\n\r\n")
+                await busy.send_all(WAIT)
+                await until(lambda: backend.waiting == 1 and server.statistics().refused == 1)
+                async with dial(server) as first, dial(server) as second:
+                    for stream in (first, second):
+                        await stream.send_all(WAIT)
+                    await until(lambda: backend.waiting == 3)
+                    assert server.statistics().evicted == 2
+                    assert server.statistics().connections == 3
+                    # Their sockets are closed, not only out of the count.
+                    assert statuses(await all_of(refused)) == [400]
+                    assert len(await all_of(deaf)) < 20 << 20
+                    backend.gate.set()
+                    for stream in (busy, first, second):
+                        assert await answer(stream) == (200, b"waited")
+
+    run(test)
