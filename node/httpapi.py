@@ -139,7 +139,8 @@ async def _with(found: Awaitable[Response], lines: tuple[str, ...]) -> Response:
 
 
 def _answer(reply: Reply, route: str) -> Response:
-    return Response(200, encode_reply(reply, True), route=route)
+    """A reply of the WebSocket, without its id."""
+    return Response(200, encode_reply({"ok": True, **reply}, True), route=route)
 
 
 def failed(error: Exception, route: str) -> Response:

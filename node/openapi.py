@@ -290,8 +290,9 @@ def _hit() -> Schema:
 def _answer(more: Schema) -> Schema:
     return {
         "type": "object",
-        "required": ["hits", "coverage", *more],
+        "required": ["ok", "hits", "coverage", *more],
         "properties": {
+            "ok": {"const": True},
             "hits": {"type": "array", "items": _ref("Hit"), "description": "Best first."},
             "coverage": _ref("Coverage"),
             "stale_ms": {"type": "integer", "minimum": 0},
@@ -299,6 +300,7 @@ def _answer(more: Schema) -> Schema:
         | more,
         "examples": [
             {
+                "ok": True,
                 "hits": [{"media_id": 1, "score": 0.93, "metadata": {"title": "Toy Story"}}],
                 "coverage": {"answered": 12, "total": 12, "missing": []},
             }

@@ -120,6 +120,7 @@ def test_answers_are_those_of_the_json_frames(waits: bool) -> None:
     backend.waits = waits
     response = ask(api(backend), "/recommend?user_id=1")
     assert json.loads(response.body) == {
+        "ok": True,
         "hits": [{"media_id": str(2**60), "score": 1.0, "metadata": {}}],
         "coverage": {"answered": 1, "total": 1, "missing": []},
     }
