@@ -23,7 +23,7 @@ LEVEL_MS = 2_000
 # What parts count goes up, but for these, which are how things are now.
 GAUGES = frozenset({
     "connections", "idle", "in_flight", "bodies_bytes", "open_in", "open_out", "by_stream", "receive_buffer_bytes",
-    "members", "down", "health", "incarnation", "rumours",
+    "members", "down", "health", "incarnation", "rumours", "waiting", "put_bytes_waiting", "bytes", "entries",
 })  # fmt: skip
 REPLICA_NUMBERS = ("items", "users", "fresh", "lag", "lag_ms", "epoch", "sequence")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -59,9 +59,10 @@ class _Node(Collector):
         parts, self._left_out = self._parts(), 0
         yield from self._questions()
         yield from self._http()
-        yield from self._caches(parts)
+        tree = counters(parts)
+        yield from _caches(tree)
         yield self._shard_health(parts)
-        yield from self._counters(counters(parts))
+        yield from self._counters(tree)
         yield from self._replicas(parts)
         yield from self._actors(parts)
         said = "Label values and counters that were left out because there are too many."
@@ -103,19 +104,6 @@ class _Node(Collector):
             "From a whole request to its answer.",
             "route",
             self._meters.http_seconds,
-        )
-
-    def _caches(self, parts: Parts) -> Iterator[Metric]:
-        """A level that is not there has no ratio. `Parts.cache_numbers`: (hits, misses) by level, and commands sent to Redis."""
-        levels, commands = parts.cache_numbers()
-        ratio = GaugeMetricFamily(
-            "cache_hit_ratio", "Hits of all look-ups since the start.", labels=["level"]
-        )
-        for level, (hits, misses) in sorted(levels.items()):
-            ratio.add_metric([level], hits / (hits + misses) if hits + misses else 0.0)
-        yield ratio
-        yield CounterMetricFamily(
-            "redis_commands_processed", "Commands that the L1 cache has sent.", value=commands
         )
 
     def _shard_health(self, parts: Parts) -> Metric:
@@ -190,6 +178,22 @@ def _histogram(name: str, said: str, label: str, by: Mapping[str, Distribution])
     for value, one in sorted(by.items()):
         family.add_metric([value] if label else [], one.buckets(), one.sum)
     return family
+
+
+def _caches(tree: Mapping[str, Any]) -> Iterator[Metric]:
+    """tree: what the parts count. A level that is not there has no ratio."""
+    ratio = GaugeMetricFamily("cache_hit_ratio", "Hits of all look-ups since the start.", labels=["level"])
+    for level in ("l0", "l1"):
+        numbers = tree.get("cache", {}).get(level)
+        if numbers is not None:
+            looked = numbers["hits"] + numbers["misses"]
+            ratio.add_metric([level], numbers["hits"] / looked if looked else 0.0)
+    yield ratio
+    redis = tree.get("redis", {})
+    said = "Keys asked for and values set by the L1 cache; many share a round trip."
+    yield CounterMetricFamily(
+        "redis_commands_processed", said, value=redis.get("gets", 0) + redis.get("puts", 0)
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -71,8 +71,6 @@ class Parts:
     cluster: GossipCluster | None = None
     coordinator: Coordinator | None = None
     http: HttpServer | None = None
-    # (hits, misses) by level of cache, and commands sent to Redis.
-    cache_numbers: Callable[[], tuple[dict[str, tuple[int, int]], int]] = lambda: ({}, 0)
 
     @property
     def shards(self) -> Mapping[int, ShardActor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import trio
 
 from node.meters import Distribution, Meters, MinuteUsers
+from node.metrics import _caches
 from router.errors import RequestError
 from router.requests import Get, Limits, Recommend, Request, parse
 from router.wire import Columns, Reply
@@ -95,3 +98,17 @@ def test_methods_that_we_do_not_know_share_a_label() -> None:
     for method in ("GET", "PROPFIND", "MKCOL"):
         meters.http_answered("/healthz", method, 200, 0.001)
     assert meters.http == {("/healthz", "GET", 200): 1, ("/healthz", "other", 200): 2}
+
+
+def test_caches_that_are_there_have_a_ratio() -> None:
+    def samples(tree: dict[str, Any]) -> dict[str, float]:
+        found = [one for family in _caches(tree) for one in family.samples]
+        return {"/".join([one.name, *one.labels.values()]): one.value for one in found}
+
+    assert samples({}) == {"redis_commands_processed_total": 0}
+    numbers = {"hits": 3, "misses": 1}
+    tree = {"cache": {"l0": numbers, "l1": None, "flights": {}}, "redis": {}}
+    assert samples(tree) == {"cache_hit_ratio/l0": 0.75, "redis_commands_processed_total": 0}
+    tree = {"cache": {"l0": numbers, "l1": {"hits": 0, "misses": 0}}, "redis": {"gets": 5, "puts": 2}}
+    assert samples(tree)["cache_hit_ratio/l1"] == 0.0
+    assert samples(tree)["redis_commands_processed_total"] == 7
