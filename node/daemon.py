@@ -22,6 +22,7 @@ from node.fetching import Fetcher
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.holdings import Holdings
+from node.httpserver import HttpServer
 from node.identity import DataDirectory
 from node.inforce import InForce
 from node.keyrings import Keyrings
@@ -83,7 +84,7 @@ class Daemon:
         self._config = config
         self._name = config.node.name
         self._stop = trio.Event()
-        self._served, self._served_http = trio.Event(), trio.Event()
+        self._served: list[trio.Event] = []
         self._starting = trio.CancelScope()
         self._handlers: dict[str, Any] = {}
         self._meters = Meters()
@@ -155,8 +156,9 @@ class Daemon:
                 nursery.start_soon(notifier.run)
                 nursery.start_soon(self._end_when_superseded)
                 await nursery.start(listener.run)
-                await nursery.start(self._serve)
-                await nursery.start(self._serve_http)
+                await nursery.start(self._serve, self._parts.server)
+                if self._parts.http is not None:
+                    await nursery.start(self._serve, self._parts.http)
                 await supervisor.start(agent, name="gossip")
                 with self._starting:
                     await self._become_ready(directory, layout, notifier, stack)
@@ -187,8 +189,8 @@ class Daemon:
         listener.stop()
         await self._parts.agent.leave()
         with trio.move_on_after(STOP_S):
-            await self._served.wait()
-            await self._served_http.wait()
+            for served in self._served:
+                await served.wait()
             await listener.drained(PEER_GRACE_S)
 
     async def _stop_on_signals(self) -> None:
@@ -422,21 +424,13 @@ class Daemon:
             self._handle, self._limits(), bounds, host=config.listen.host, port=config.listen.app_port
         )
 
-    async def _serve(self, *, task_status: trio.TaskStatus[int]) -> None:
+    async def _serve(self, server: AppServer | HttpServer, *, task_status: trio.TaskStatus[int]) -> None:
+        served = trio.Event()
+        self._served.append(served)
         try:
-            await self._parts.server.run(task_status=task_status)
+            await server.run(task_status=task_status)
         finally:
-            self._served.set()
-
-    async def _serve_http(self, *, task_status: trio.TaskStatus[int]) -> None:
-        try:
-            http = self._parts.http
-            if http is None:
-                task_status.started(0)
-            else:
-                await http.run(task_status=task_status)
-        finally:
-            self._served_http.set()
+            served.set()
 
     def _handle(self, request: Request, connection: Connection | None = None) -> Any | Awaitable[Any]:
         if isinstance(request, Operating):
