@@ -33,6 +33,7 @@ class Ports:
     """Of one node, on the loopback address."""
 
     app: int
+    http: int
     peer: int
 
     @property
@@ -40,18 +41,24 @@ class Ports:
         """For `gmco.connect`."""
         return f"ws://127.0.0.1:{self.app}"
 
+    @property
+    def http_url(self) -> str:
+        """For `curl`."""
+        return f"http://127.0.0.1:{self.http}"
+
 
 def choose_ports(count: int) -> list[Ports]:
-    """7400 and 7402, 7410 and 7412, … while all of them are free, or else what the system gives."""
-    wanted = [Ports(PORT_FIRST + PORT_STEP * i, PORT_FIRST + PORT_STEP * i + 2) for i in range(count)]
-    if all(_free(port) for ports in wanted for port in (ports.app, ports.peer)):
+    """7400 to 7402, 7410 to 7412, … while all of them are free, or else what the system gives."""
+    firsts = [PORT_FIRST + PORT_STEP * i for i in range(count)]
+    wanted = [Ports(first, first + 1, first + 2) for first in firsts]
+    if all(_free(port) for ports in wanted for port in (ports.app, ports.http, ports.peer)):
         return wanted
     with ExitStack() as held:  # held together, or the system might give one port twice
-        sockets = [held.enter_context(socket.socket()) for _ in range(2 * count)]
+        sockets = [held.enter_context(socket.socket()) for _ in range(3 * count)]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         numbers = [int(one.getsockname()[1]) for one in sockets]
-    return [Ports(app, peer) for app, peer in zip(numbers[::2], numbers[1::2], strict=True)]
+    return [Ports(*numbers[3 * i : 3 * i + 3]) for i in range(count)]
 
 
 def _free(port: int) -> bool:
@@ -76,6 +83,7 @@ def config_toml(index: int, ports: Sequence[Ports], cluster_id: str, shard_count
         "[listen]",
         'host = "127.0.0.1"',
         f"app_port = {ports[index].app}",
+        f"http_port = {ports[index].http}",
         f"peer_port = {ports[index].peer}",
     ]
     lines += ["", "[cluster]", f"id = {quoted(cluster_id)}", f"shard_count = {shard_count}"]

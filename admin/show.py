@@ -115,6 +115,10 @@ def print_status(status: Mapping[str, Any]) -> None:
         f"[bold]{status.get('node', '?')}[/] of cluster {status.get('cluster', '?')} (version {status.get('version', '?')}): "
         f"{status.get('state', '?')}, sees {alive} of {len(members)} members alive"
     )
+    own: Mapping[str, Any] = next((one for one in members if one.get("name") == status.get("node")), {})
+    reached = [where for where in (own.get("app"), status.get("http")) if where]
+    if reached:
+        out.print(f"apps reach it at {' and '.join(reached)}", markup=False)
     for reason in status.get("degraded", []):
         out.print(f"degraded: {reason}", style="yellow", markup=False)
     for problem in status.get("problems", []):

@@ -26,6 +26,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "GossipSettings",
+    "HttpConfig",
     "LimitsConfig",
     "ListenConfig",
     "LogConfig",
@@ -69,7 +70,22 @@ class ListenConfig:
     app_port: int = field(default=7400, metadata={"range": PORTS})
     # Where apps reach this node, when that is not ws://host:app_port.
     app_url: str = ""
+    # HTTP, for those who have no WebSocket (docs/http.md).
+    http_port: int = field(default=7401, metadata={"range": PORTS})
+    # Where it is reached, when that is not http://host:http_port.
+    http_url: str = ""
     peer_port: int = field(default=7402, metadata={"range": PORTS})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HttpConfig:
+    """The HTTP port beside its bounds, which are among the limits."""
+
+    enabled: bool = True
+    # Origins whose pages browsers may let ask, as in "https://app.example"; "*": all. None: no page at all.
+    origins: tuple[str, ...] = ()
+    # A connection without a request is closed after so long.
+    idle_s: float = field(default=60.0, metadata={"range": (1, 86_400)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +136,7 @@ class LimitsConfig:
     """Bounds; what goes over one is refused with `overloaded` or `too_large`, never queued without end."""
 
     connections: int = field(default=1_024, metadata={"range": (1, 1_000_000)})
+    http_connections: int = field(default=1_024, metadata={"range": (1, 1_000_000)})
     requests_in_flight_per_connection: int = field(default=256, metadata={"range": (1, 1_000_000)})
     requests_in_flight: int = field(default=4_096, metadata={"range": (1, 10_000_000)})
     # One WebSocket message of an app, and one frame between nodes.
@@ -127,6 +144,8 @@ class LimitsConfig:
     peer_frame_bytes: int = field(default=32 << 20, metadata={"range": (1 << 16, 1 << 30)})
     peer_connections: int = field(default=1_024, metadata={"range": (1, 1_000_000)})
     peer_requests_in_flight: int = field(default=1_024, metadata={"range": (1, 1_000_000)})
+    # The body of one HTTP request.
+    http_body_bytes: int = field(default=1 << 20, metadata={"range": (1 << 10, 1 << 26)})
     items_per_request: int = field(default=1_000, metadata={"range": (1, 1_000_000)})
     # Records that may wait for one shard's log.
     write_queue: int = field(default=4_096, metadata={"range": (1, 1_000_000)})
@@ -174,6 +193,7 @@ class Config:
 
     node: NodeConfig
     listen: ListenConfig = ListenConfig()
+    http: HttpConfig = HttpConfig()
     cluster: ClusterConfig = ClusterConfig()
     gossip: GossipSettings = GossipSettings()
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -238,6 +258,11 @@ def parse(text: str, *, folder: Path = Path()) -> Config:
     _check_cache(whole.cache)
     if whole.listen.app_url and not whole.listen.app_url.startswith(("ws://", "wss://")):
         raise ConfigError(f'listen.app_url: must begin with ws:// or wss://, is "{whole.listen.app_url}"')
+    if whole.listen.http_url and not whole.listen.http_url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f'listen.http_url: must begin with http:// or https://, is "{whole.listen.http_url}"'
+        )
+    _check_origins(whole.http.origins)
     # A cluster of one needs no name of its own.
     cluster = dataclasses.replace(whole.cluster, id=whole.cluster.id or f"single-{node.name}")
     node = dataclasses.replace(node, host=node.host or node.name)
@@ -287,6 +312,15 @@ def _check_cache(cache: CacheConfig) -> None:
             parse_address(node)
         except ValueError as error:
             raise ConfigError(f"cache.redis_cluster[{i}]: {error}") from error
+
+
+def _check_origins(origins: tuple[str, ...]) -> None:
+    for i, origin in enumerate(origins):
+        scheme, _, rest = origin.partition("://")
+        if origin != "*" and not (scheme in ("http", "https") and rest and "/" not in rest):
+            raise ConfigError(
+                f'http.origins[{i}]: must be as in "https://app.example", without a path, or "*"; is "{origin}"'
+            )
 
 
 def _check_name(path: str, name: str) -> None:

@@ -24,6 +24,7 @@ from node.fetching import Fetcher
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.holdings import Holdings
+from node.httpserver import HttpServer
 from node.identity import DataDirectory
 from node.inforce import InForce
 from node.keyrings import Keyrings
@@ -34,6 +35,7 @@ from node.links import Links
 from node.local import LocalNode
 from node.members import Members
 from node.mending import Mending
+from node.meters import Meters
 from node.mover import Mover
 from node.offering import Offering
 from node.operations import Operations
@@ -51,6 +53,7 @@ from node.snapshots import Snapshots
 from node.status import READY, Parts, own_status
 from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
+from node.web import make_http_server
 from router.caching import Caches, CacheSizes
 from router.coordinator import Coordinator
 from router.errors import RequestError
@@ -85,9 +88,10 @@ class Daemon:
         self._config = config
         self._name = config.node.name
         self._stop = trio.Event()
-        self._served = trio.Event()
+        self._served: list[trio.Event] = []
         self._starting = trio.CancelScope()
         self._handlers: dict[str, Any] = {}
+        self._meters = Meters()
 
     def stop(self) -> None:
         self._stop.set()
@@ -139,6 +143,10 @@ class Daemon:
                     links=links,
                     server=self._app_server(),
                 )
+                if self._config.http.enabled:
+                    self._parts.http = make_http_server(
+                        lambda: self._parts, self._handle, self._limits(), self._meters, self._stop.is_set
+                    )
                 self._founding = forming.Founding()
                 self._layouts = Layouts(
                     directory.path,
@@ -152,7 +160,9 @@ class Daemon:
                 nursery.start_soon(notifier.run)
                 nursery.start_soon(self._end_when_superseded)
                 await nursery.start(listener.run)
-                await nursery.start(self._serve)
+                await nursery.start(self._serve, self._parts.server)
+                if self._parts.http is not None:
+                    await nursery.start(self._serve, self._parts.http)
                 await supervisor.start(agent, name="gossip")
                 with self._starting:
                     await self._become_ready(directory, layout, notifier, stack)
@@ -178,10 +188,13 @@ class Daemon:
         if self._parts.failover is not None:
             await self._parts.failover.hand_over_all()
         self._parts.server.stop()
+        if self._parts.http is not None:
+            self._parts.http.stop()
         listener.stop()
         await self._parts.agent.leave()
         with trio.move_on_after(STOP_S):
-            await self._served.wait()
+            for served in self._served:
+                await served.wait()
             await listener.drained(PEER_GRACE_S)
 
     async def _stop_on_signals(self) -> None:
@@ -291,7 +304,12 @@ class Daemon:
         parts = self._parts
         parts.state = READY
         log.info(
-            "ready", node=self._name, app_port=parts.server.port, shards=len(parts.shards), boot=parts.boot
+            "ready",
+            node=self._name,
+            app_port=parts.server.port,
+            http_port=parts.http.port if parts.http else None,
+            shards=len(parts.shards),
+            boot=parts.boot,
         )
         notifier.ready(f"serving {len(parts.shards)} shards")
 
@@ -324,13 +342,15 @@ class Daemon:
         assert holdings is not None
         shards = holdings.actors
         lane_thread = await stack.enter_async_context(DedicatedThread("search"))
-        lane = parts.lane = SearchLane(lane_thread, queue_max=config.limits.requests_in_flight)
+        lane = parts.lane = SearchLane(
+            lane_thread, queue_max=config.limits.requests_in_flight, sizes=self._meters.batches.observe
+        )
         await supervisor.start(lane, name="search-lane")
         named = {member.name for member in parts.layout.members}
         for name in sorted(named.union(*(one.voters for one in placements.values())) - {self._name}):
             await links.add(name)
         await supervisor.start(links, name="links")
-        local = LocalNode(shards, holdings.replicators, lane, len(placements))
+        local = LocalNode(shards, holdings.replicators, lane, len(placements), self._meters.lookups.observe)
         self._handlers.update(handlers(local, shards, lambda: own_status(parts)))
         publisher = Publisher(parts.agent, shards, holdings.replicators, lane, lane_thread.statistics)
         holdings.changed = publisher.tell_shards
@@ -367,7 +387,7 @@ class Daemon:
         await supervisor.start(repairer, name="repairer")
         parts.rebuilding = Rebuilding(holdings, failover, self._name, links.connected)
         await supervisor.start(parts.rebuilding, name="rebuilding")
-        cluster = GossipCluster(
+        cluster = parts.cluster = GossipCluster(
             parts.members, placements, local, links, shards, holdings.replicators, parts.flags, duty.rests
         )
         parts.coordinator = Coordinator(cluster, config.router, metric=config.storage.metric)
@@ -413,32 +433,39 @@ class Daemon:
                     if actor is not None:
                         failover.hear(actor, epoch, known.name)
 
-    def _app_server(self) -> AppServer:
+    def _limits(self) -> Limits:
         config = self._config
-        limits = Limits(
+        return Limits(
             dim=config.storage.dim,
             metric=config.storage.metric,
             class_width=config.storage.class_width,
             items_max=config.limits.items_per_request,
             frame_bytes_max=config.limits.frame_bytes,
         )
+
+    def _app_server(self) -> AppServer:
+        config = self._config
         bounds = ServerBounds(
             connections_max=config.limits.connections,
             in_flight_max=config.limits.requests_in_flight,
             connection_in_flight_max=config.limits.requests_in_flight_per_connection,
         )
-        return AppServer(self._handle, limits, bounds, host=config.listen.host, port=config.listen.app_port)
+        return AppServer(
+            self._handle, self._limits(), bounds, host=config.listen.host, port=config.listen.app_port
+        )
 
-    async def _serve(self, *, task_status: trio.TaskStatus[int]) -> None:
+    async def _serve(self, server: AppServer | HttpServer, *, task_status: trio.TaskStatus[int]) -> None:
+        served = trio.Event()
+        self._served.append(served)
         try:
-            await self._parts.server.run(task_status=task_status)
+            await server.run(task_status=task_status)
         finally:
-            self._served.set()
+            served.set()
 
-    def _handle(self, request: Request, connection: Connection) -> Any | Awaitable[Any]:
+    def _handle(self, request: Request, connection: Connection | None = None) -> Any | Awaitable[Any]:
         if isinstance(request, Operating):
             return self._operations.handle(request)
         parts = self._parts
         if parts.caches is None or parts.state != READY:
             raise RequestError("unavailable", f"{self._name} is not ready: {parts.state}; ask another node")
-        return parts.caches.handle(request)
+        return self._meters.ask(request, parts.caches.handle)

@@ -75,6 +75,8 @@ class NodeFact(msgspec.Struct, frozen=True, kw_only=True):
     metric: str
     class_width: int
     bootstrap: int
+    # Where it answers HTTP; empty: nowhere, or an older version.
+    http: str = ""
 
     def member(self) -> Member:
         return Member(

@@ -56,6 +56,7 @@ def node_fact(config: Config, reached_at: str) -> NodeFact:
         host=node.host,
         capacity=node.capacity,
         app=listen.app_url or f"ws://{Address(host, listen.app_port)}",
+        http=_http(config, host),
         version=version("gmco"),
         shard_count=cluster.shard_count,
         replication=cluster.replication,
@@ -64,6 +65,14 @@ def node_fact(config: Config, reached_at: str) -> NodeFact:
         class_width=storage.class_width,
         bootstrap=cluster.bootstrap,
     )
+
+
+def _http(config: Config, host: str) -> str:
+    listen = config.listen
+    # A port that the system gives is not known yet.
+    if not config.http.enabled or not (listen.http_url or listen.http_port):
+        return ""
+    return listen.http_url or f"http://{Address(host, listen.http_port)}"
 
 
 def hello(config: Config, boot: int) -> Hello:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,8 +85,12 @@ class LaneTicket(Pending[LaneReply]):
 class SearchLane:
     """Natural batching: what arrives while a batch runs is the next batch."""
 
-    def __init__(self, runner: Runner, *, queue_max: int) -> None:
+    def __init__(
+        self, runner: Runner, *, queue_max: int, sizes: Callable[[float], None] = lambda size: None
+    ) -> None:
+        """sizes: told of each batch how many queries it has."""
         self._runner = runner
+        self._sizes = sizes
         self._queue: FairQueue[LaneTicket] = FairQueue(queue_max)
         self._batch: list[LaneTicket] = []
         self._deadlines: Deadlines[LaneTicket] = Deadlines(_expire)
@@ -171,6 +175,7 @@ class SearchLane:
         self._changed = trio.Event()
 
     async def _run_some(self, batch: list[LaneTicket]) -> None:
+        self._sizes(len(batch))
         began = trio.current_time()
         results: Sequence[LaneReply | Exception]
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -55,12 +56,14 @@ class LocalNode:
         followers: Mapping[int, Replicator],
         lane: SearchLane,
         shard_count: int,
+        looked_up: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """followers: of all shards; read at each answer, so may be filled later."""
+        """followers: of all shards; read at each answer, so may be filled later. looked_up: told how long each look-up took."""
         self._shards = shards
         self._followers = followers
         self._lane = lane
         self._shard_count = shard_count
+        self._looked_up = looked_up
 
     def search(self, ask: SearchAsk, timeout_s: float, done: Done[SearchReply]) -> Asked:
         """Is in the lane when this returns; a session is for whoever asks to wait for (`caught_up`)."""
@@ -154,7 +157,10 @@ class LocalNode:
     def records(
         self, kind: Kind, ids: Sequence[int], behind: Mapping[int, str] = NO_SHARDS
     ) -> Answers[StoredRecord]:
-        return self._aged(ids, [self._get(kind, id_, behind) for id_ in ids])
+        begun = time.perf_counter()
+        found = [self._get(kind, id_, behind) for id_ in ids]
+        self._looked_up(time.perf_counter() - begun)
+        return self._aged(ids, found)
 
     def _aged(self, ids: Sequence[int], found: Sequence[T | str | None]) -> Answers[T]:
         answered = {

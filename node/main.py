@@ -63,8 +63,9 @@ def _with_files(config: Config) -> Config:
     if limits != config.limits:
         log.warning(
             "few_files",
-            warning=f"this process may open {files:,} files, so it takes {limits.connections} connections of apps and "
-            f"{limits.peer_connections} of nodes; raise the limit (ulimit -n, LimitNOFILE=) for more",
+            warning=f"this process may open {files:,} files, so it takes {limits.connections} connections of apps, "
+            f"{limits.http_connections} over HTTP and {limits.peer_connections} of nodes; raise the limit (ulimit -n, "
+            "LimitNOFILE=) for more",
         )
     return dataclasses.replace(config, limits=limits)
 
@@ -103,7 +104,8 @@ def _run(config: Config) -> int:
             return _fail(getattr(error, "code", "gave_up"), str(error))
         if isinstance(error, OSError):
             if error.errno == errno.EADDRINUSE:
-                ports = f"{config.listen.app_port} or {config.listen.peer_port}"
+                listen = config.listen
+                ports = f"{listen.app_port}, {listen.http_port} or {listen.peer_port}"
                 return _fail(
                     "port_in_use",
                     f"port {ports} on {config.listen.host} is in use; choose others in [listen]",

@@ -27,13 +27,14 @@ def raise_limit() -> int:
 
 
 def fit(limits: LimitsConfig, *, shards: int, files: int) -> LimitsConfig:
-    """`limits` with as many connections as `files` leave room for; half of the room for apps, half for peers."""
+    """`limits` with as many connections as `files` leave room for; a third of the room for each port."""
     room = files - RESERVED - PER_SHARD * shards - REJECTED_POLITELY
-    if limits.connections + limits.peer_connections <= room:
+    if limits.connections + limits.http_connections + limits.peer_connections <= room:
         return limits
-    most = max(CONNECTIONS_MIN, room // 2)
+    most = max(CONNECTIONS_MIN, room // 3)
     return dataclasses.replace(
         limits,
         connections=min(limits.connections, most),
+        http_connections=min(limits.http_connections, most),
         peer_connections=min(limits.peer_connections, most),
     )

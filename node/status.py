@@ -11,13 +11,14 @@ import trio
 
 from gossip.agent import Agent
 from node.changefeed import ChangeFeed
-from node.config import Config
+from node.config import Address, Config
 from node.duty import Duty
 from node.facts import Health
 from node.failover import Failover
 from node.forming import LayoutGuard
 from node.health import HealthWatch
 from node.holdings import Holdings
+from node.httpserver import HttpServer
 from node.l1 import RedisStore
 from node.lane import SearchLane
 from node.links import Links
@@ -29,6 +30,7 @@ from node.promises import Promises
 from node.rebuilding import Rebuilding
 from node.repairer import Repairer
 from node.replicator import Replicator
+from node.routing import GossipCluster
 from node.server import AppServer
 from node.shard import ShardActor
 from node.snapshots import Snapshots
@@ -69,10 +71,12 @@ class Parts:
     rebuilding: Rebuilding | None = None
     lane: SearchLane | None = None
     health: HealthWatch | None = None
+    cluster: GossipCluster | None = None
     coordinator: Coordinator | None = None
     caches: Caches | None = None
     store: RedisStore | None = None
     feed: ChangeFeed | None = None
+    http: HttpServer | None = None
 
     @property
     def shards(self) -> Mapping[int, ShardActor]:
@@ -111,6 +115,7 @@ def whole_status(parts: Parts) -> dict[str, Any]:
     problems = [*parts.members.problems(), *([parts.guard.problem] if parts.guard else [])]
     return {
         **own_status(parts),
+        "http": _http_url(parts),
         "boot": parts.boot,
         "cluster": config.cluster.id,
         "version": version("gmco"),
@@ -120,8 +125,16 @@ def whole_status(parts: Parts) -> dict[str, Any]:
         "layout": {"version": layout.version, "hash": layout.hash} if layout else None,
         "problems": [problem for problem in problems if problem],
         "members": members_status(parts),
-        "counters": _counters(parts),
+        "counters": counters(parts),
     }
+
+
+def _http_url(parts: Parts) -> str:
+    """Where this node answers HTTP; empty when it does not."""
+    listen = parts.config.listen
+    if parts.http is None:
+        return ""
+    return listen.http_url or f"http://{Address(listen.host, parts.http.port)}"
 
 
 def members_status(parts: Parts) -> list[dict[str, Any]]:
@@ -173,7 +186,8 @@ def _member(parts: Parts, known: Known, placed: bool, now: float) -> dict[str, A
     }
     if fact is not None:
         row |= {
-            name: getattr(fact, name) for name in ("region", "zone", "host", "capacity", "app", "version")
+            name: getattr(fact, name)
+            for name in ("region", "zone", "host", "capacity", "app", "http", "version")
         }
     if hot is not None:
         row["load"] = {name: round(value, 1) for name, value in hot.load._asdict().items()}
@@ -222,9 +236,11 @@ def _repair(parts: Parts, actor: ShardActor) -> str:
     return str(report) if report is not None and actor.leads else ""
 
 
-def _counters(parts: Parts) -> dict[str, Any]:
+def counters(parts: Parts) -> dict[str, Any]:
+    """What the parts count, by part."""
     return {
         "server": asdict(parts.server.statistics()),
+        "http": asdict(parts.http.statistics()) if parts.http else {},
         "search": parts.lane.statistics() if parts.lane else {},
         "router": parts.coordinator.statistics() if parts.coordinator else {},
         "peers": parts.coordinator.peers() if parts.coordinator else {},

@@ -186,6 +186,8 @@ def convert(fields: dict[str, Any], shape: type[S]) -> S:
         return msgspec.convert(fields, shape)
     except msgspec.ValidationError as error:
         raise translate(str(error), _choices(shape)) from None
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no name or word of ours has
+        raise RequestError("bad_request", "a name or a value has half a surrogate pair") from None
     except RecursionError:
         raise RequestError("bad_request", "the request is nested too deep") from None
 

@@ -64,6 +64,8 @@ def _one(raw: Any, dim: int, dtype: Dtype | None, field: str) -> npt.NDArray[np.
         if "out of range" in str(error):
             raise RequestError("bad_vector", "send finite numbers", field) from None
         raise RequestError("bad_type", "send only numbers in a vector", field) from None
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        raise RequestError("bad_type", "send only numbers in a vector", field) from None
     with np.errstate(over="ignore"):
         return np.array(numbers, np.float64).astype(np.float32)
 

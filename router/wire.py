@@ -90,7 +90,7 @@ def decode_frame(data: bytes | str, limits: Limits) -> list[dict[str, Any] | Ref
             Refused(None, RequestError("too_large", f"a frame is at most {limits.frame_bytes_max} bytes"))
         ]
     try:
-        frame = _decode_json(data) if isinstance(data, str) else _decode_msgpack(data)
+        frame = decode_json(data) if isinstance(data, str) else _decode_msgpack(data)
     except RequestError as error:
         return [Refused(None, error)]
     if isinstance(frame, dict):
@@ -123,7 +123,8 @@ def _decode_msgpack(data: bytes) -> Any:
         raise RequestError("bad_frame", message) from None
 
 
-def _decode_json(data: str) -> Any:
+def decode_json(data: str) -> Any:
+    """A JSON value as apps may send it: no key twice, no NaN. Raises RequestError `bad_frame`."""
     try:
         return stdlib_json.loads(data, object_pairs_hook=_map, parse_constant=_no_constant)
     except _RepeatedKeyError as error:

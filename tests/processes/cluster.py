@@ -157,7 +157,7 @@ def member(
     listed = ", ".join(f'"127.0.0.1:{port}"' for port in seeds)
     lines = [
         f'[node]\nname = "{name}"\ndata_dir = "{name}"\n{place}',
-        f'[listen]\nhost = "127.0.0.1"\napp_port = {app_port}\npeer_port = {peer_port}',
+        f'[listen]\nhost = "127.0.0.1"\napp_port = {app_port}\npeer_port = {peer_port}\nhttp_port = 0',
         f'[cluster]\nid = "test"\nshard_count = {shard_count}\nreplication = {replication}',
         f"seeds = [{listed}]\nbootstrap = {bootstrap}\n{settings}",
         f"[storage]\n{storage}",

@@ -49,8 +49,8 @@ def test_taken_ports_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         # The first choice is a port that we hold, so the result does not hang on who else uses 7400.
         monkeypatch.setattr("admin.cluster.PORT_FIRST", port)
         ports = choose_ports(3)
-    numbers = [port for one in ports for port in (one.app, one.peer)]
-    assert len(set(numbers)) == 6
+    numbers = [port for one in ports for port in (one.app, one.http, one.peer)]
+    assert len(set(numbers)) == 9
     assert port not in numbers
 
 

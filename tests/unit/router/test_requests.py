@@ -145,6 +145,8 @@ def test_the_other_ops() -> None:
     ("search", {"vector": bytes(2 * DIM), "dtype": "f4"}, "wrong_dimension", "vector"),
     ("search", {"vector": "abc"}, "bad_type", "vector"),
     ("search", {"vector": [True] * DIM}, "bad_type", "vector"),
+    ("search", {"vector": ["\ud800"] * DIM}, "bad_type", "vector"),
+    ("batch", {"user_id": 1, "media_ids": ["\ud800"]}, "bad_type", "media_ids[0]"),
     ("search", {"vector": [0] * DIM}, "zero_vector", "vector"),
     ("search", {"vector": [float("nan")] * DIM}, "bad_vector", "vector"),
     ("search", {"vector": [1e39] * DIM}, "bad_vector", "vector"),
