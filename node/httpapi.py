@@ -16,7 +16,7 @@ import structlog
 from node.httpwire import JSON, HttpError, HttpRequest, Response, error_body
 from router.errors import Code, RequestError
 from router.requests import Limits, Request, parse
-from router.wire import Reply, decode_json, encode_reply
+from router.wire import Kept, Reply, decode_json, encode_reply
 
 log = structlog.get_logger(__name__)
 
@@ -140,7 +140,8 @@ async def _with(found: Awaitable[Response], lines: tuple[str, ...]) -> Response:
 
 def _answer(reply: Reply, route: str) -> Response:
     """A reply of the WebSocket, without its id."""
-    return Response(200, encode_reply({"ok": True, **reply}, True), route=route)
+    body = reply.body() if type(reply) is Kept else encode_reply({"ok": True, **reply}, True)
+    return Response(200, body, route=route)
 
 
 def failed(error: Exception, route: str) -> Response:

@@ -62,10 +62,7 @@ class Kept(dict[str, Any]):
     def part(self, id: RequestId, json: bool) -> bytes:
         """What `encode_reply` would make of these fields and that id."""
         if json:
-            if not self._json:
-                self._json = encode_reply(dict(self), json)[1:]
-                self._tell(self._json)
-            return b'{"id":' + _JSON.encode(id) + b"," + self._json
+            return b'{"id":' + _JSON.encode(id) + b"," + self.body()[1:]
         if not self._msgpack:
             # The header counts the id, too; fewer than 15 fields make it one byte.
             self._msgpack = encode_reply(dict(self), json)[1:]
@@ -73,6 +70,13 @@ class Kept(dict[str, Any]):
         header: bytes = _PACKER.pack_map_header(len(self) + 1)
         packed_id: bytes = _PACKER.pack(id)
         return header + b"\xa2id" + packed_id + self._msgpack
+
+    def body(self) -> bytes:
+        """What `encode_reply` would make of these fields in JSON, without an id: an answer over HTTP."""
+        if not self._json:
+            self._json = encode_reply(dict(self), json=True)
+            self._tell(self._json)
+        return self._json
 
     def _tell(self, made: bytes) -> None:
         if self.grew is not None:
