@@ -6,17 +6,27 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
+import outcome
 import trio
 import trio.testing
 
-from router import requests
+from router import coverage, requests
 from router.cachevalues import Origin
 from router.caching import Caches, CacheSizes
 from router.changes import Changes
 from router.coordinator import Coordinator, RouterConfig
 from router.layout import Placement
-from router.ports import Answers, NodeError, SearchAsk, SearchReply, StoredRecord, WriteAsk, WriteReply
-from router.ring import shard_of
+from router.ports import (
+    Answers,
+    Asked,
+    Done,
+    NodeError,
+    SearchAsk,
+    SearchReply,
+    StoredRecord,
+    WriteAsk,
+    WriteReply,
+)
 from storage.records import Kind, Operation
 from storage.view import ClassConstraint
 
@@ -43,7 +53,7 @@ class Lab:
         self.kept: dict[str, bytes] = {}
         self.store_delay_s = 0.0
         self.changes = Changes(-1.0)
-        coordinator = Coordinator(self, RouterConfig(), metric="dot")
+        coordinator = Coordinator(self, RouterConfig(deadline_ms=1_000, try_ms=400), metric="dot")
         sizes = CacheSizes(l0_bytes=l0_bytes, dim=DIM)
         self.caches = Caches(
             coordinator,
@@ -121,43 +131,58 @@ class Lab:
     def lags_ms(self, name: str) -> dict[int, int]:
         return {}
 
+    def distance(self, name: str) -> int:
+        return coverage.HERE
+
+    def load_s(self, name: str) -> float:
+        return 0.0
+
+    async def caught_up(
+        self, shards: Sequence[int], session: requests.Session, timeout_s: float
+    ) -> dict[int, str]:
+        behind = {shard for shard, _, _ in session} if self.old else set()
+        return {shard: "session_behind" for shard in shards if shard in behind}
+
     # -- router.ports.Node ----------------------------------------------------------------------------------------
 
-    def search(self, ask: SearchAsk, timeout_s: float) -> Coroutine[Any, Any, SearchReply]:
+    def search(self, ask: SearchAsk, timeout_s: float, done: Done[SearchReply]) -> Asked:
         self.searches += 1
-        return self._search(ask, timeout_s)
-
-    async def _search(self, ask: SearchAsk, timeout_s: float) -> SearchReply:
         items = sorted(self.old[1] if self.old else self.items)[: ask.k]
-        await self._work(timeout_s)
         # The score is the user's vector, so that answers tell from which one they are.
         scores = np.full(len(items), float(ask.query[0]), np.float32)
-        return SearchReply(
-            np.array(items, np.uint64), scores, [b"\x80"] * len(items), dict(self.failed), self.age_ms
-        )
+        metadata = [b"\x80"] * len(items)
+        reply = SearchReply(np.array(items, np.uint64), scores, metadata, dict(self.failed), self.age_ms)
+        return self._later(reply, timeout_s, done)
 
-    async def get(
-        self, kind: Kind, ids: Sequence[int], session: requests.Session, timeout_s: float
-    ) -> Answers[StoredRecord]:
+    def get(
+        self,
+        kind: Kind,
+        ids: Sequence[int],
+        session: requests.Session,
+        timeout_s: float,
+        done: Done[Answers[StoredRecord]],
+    ) -> Asked:
         self.looked_up += 1
         users, items = self.old or (self.users, self.items)
-        behind = {shard for shard, _, _ in session} if self.old and session else set()
         blank = StoredRecord((1, 1), bytes(2 * DIM), (), b"")
-        found = [
-            "session_behind"
-            if shard_of(i, SHARDS) in behind
-            else users.get(i) if kind is Kind.USER else (blank if i in items else None)
-            for i in ids
-        ]  # fmt: skip
-        await self._work(timeout_s)
-        return Answers(found, self.age_ms)
+        found = [users.get(i) if kind is Kind.USER else (blank if i in items else None) for i in ids]
+        return self._later(Answers(found, self.age_ms), timeout_s, done)
 
-    async def _work(self, timeout_s: float) -> None:
-        await trio.sleep(min(self.delay_s, timeout_s))
-        if self.delay_s > timeout_s:
-            raise NodeError("deadline_exceeded", "late")
+    def _later(self, reply: Any, timeout_s: float, done: Done[Any]) -> Asked:
+        """As it is now, after as long as it takes, unless cancelled."""
+        scope = trio.CancelScope()
 
-    async def score(self, *args: Any) -> Answers[tuple[float, bytes]]:
+        async def run() -> None:
+            with scope:
+                await trio.sleep(min(self.delay_s, timeout_s))
+            if not scope.cancelled_caught:
+                late = outcome.Error(NodeError("deadline_exceeded", "late"))
+                done(late if self.delay_s > timeout_s else outcome.Value(reply))
+
+        trio.lowlevel.spawn_system_task(run)
+        return scope
+
+    def score(self, *args: Any) -> Asked:
         raise NotImplementedError
 
     async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
