@@ -113,6 +113,7 @@ class Daemon:
             limits=self._peer_limits(),
             known=members,
             gossip=agent.serve_stream,
+            bulk=self._give,
         )
         listener.closed = f"{self._name} is still starting"
         layout = await self._layout_on_disk(directory)
@@ -192,6 +193,11 @@ class Daemon:
             f"another process runs as {self._name} with the node id {agent.id:016x} and was started later; this one stops. "
             "Was a data directory copied? Each node needs its own"
         )
+
+    async def _give(self, stream: trio.abc.Stream) -> None:
+        """A connection for files of snapshots."""
+        if self._parts.snapshots is not None:
+            await self._parts.snapshots.give(stream)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -349,6 +355,9 @@ class Daemon:
         mover = parts.mover = Mover(
             holdings, failover, parts.members, links, lambda: parts.layout, duty, config.cluster
         )
+        parts.members.watch.append(mover.hear)
+        assert self._layouts.register is not None
+        self._layouts.register.watch.append(lambda _layout: mover.wake())
         orders = parts.orders = Orders(
             parts.members, links, self._layouts, duty, failover, holdings, self._operations.shards
         )

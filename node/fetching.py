@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -14,36 +15,29 @@ from typing import Any, NamedTuple
 import structlog
 import trio
 
-from node.blocking import Runner, ThreadRunner
+from node.blocking import ThreadRunner
+from node.bulk import PIECE_BYTES_MAX, Piece, RefusedError, Target, asking
 from node.fork import EpochStarts, shared_end
-from node.peerlink import (
-    PeerError,
-    PeerGoneError,
-    PeerLink,
-    PeerOverloadedError,
-    PeerTimeoutError,
-    RemoteError,
-)
+from node.peerlink import PeerError, PeerGoneError, PeerLink, RemoteError
 from node.shard import ShardActor
 from storage.crash_points import reached
 from storage.errors import DamagedError, StorageError
 from storage.installing import Installing
 from storage.records import Version
 from storage.replica import Replica
-from storage.snapshot import become_replica, checksum
+from storage.snapshot import become_replica
 from storage.table import TableState
 from storage.vectors import disk_error
 
 log = structlog.get_logger(__name__)
 
+# Of one request when there is a rate to keep; as large as may be, when there is none.
 CHUNK_BYTES = 1 << 20
-# On a short way one would do as well; but other messages to this node wait behind what is under way.
 IN_FLIGHT = 2
 # The primary makes a checkpoint and reads everything once before it answers.
 OPEN_S = 300.0
-READ_S = 15.0
 CLOSE_S = 1.0
-# A link that is down is waited for as long as the primary keeps an idle snapshot.
+# A giver that cannot be reached is waited for as long as the primary keeps an idle snapshot.
 AWAY_S = 60.0
 AGAIN_S = 0.1
 
@@ -121,6 +115,10 @@ class Throttle:
         self._bytes_per_s = bytes_per_s
         self._free_at = 0.0
 
+    @property
+    def bounded(self) -> bool:
+        return self._bytes_per_s > 0
+
     async def take(self, size: int) -> None:
         """Returns when `size` more bytes may go."""
         if not self._bytes_per_s:
@@ -168,98 +166,93 @@ async def fetch(
     *,
     throttle: Throttle,
     transfer: Transfer,
-    runner: Runner,
+    runner: ThreadRunner,
     wanted: Callable[[], bool],
 ) -> None:
-    """Its files in `directory`, which is made, verified and on the disk. A broken link goes on where it was.
+    """Its files in `directory`, which is made, verified and on the disk. A broken connection goes on where it was.
 
-    wanted: whether to go on, asked before each chunk. Raises PeerError, SnapshotError, DiskFullError, ReplicaStoppedError.
+    wanted: whether to go on, asked before each piece. Raises PeerError, SnapshotError, DiskFullError, ReplicaStoppedError.
     """
     transfer.begin(snapshot.bytes)
     with ExitStack() as stack:
-        fds = await runner(_make_files, directory, snapshot.files, stack)
-        chunks = _chunks(snapshot.files)
-        failed: list[Exception] = []
-        async with trio.open_nursery() as nursery:
-
-            async def work() -> None:
-                try:
-                    for file, offset, size in chunks:
-                        await throttle.take(size)
-                        data = await _read(link, snapshot.id, file.name, offset, size, wanted)
-                        await runner(_write, fds[file.name], data, offset, directory)
-                        transfer.done_bytes += size
-                except (PeerError, SnapshotError, StorageError) as error:
-                    failed.append(error)
-                    nursery.cancel_scope.cancel()
-
-            for _ in range(IN_FLIGHT):
-                nursery.start_soon(work)
-        if failed:
-            raise failed[0]
+        targets = await runner(_make_files, directory, snapshot.files, stack)
+        until = trio.current_time() + AWAY_S
+        while transfer.done_bytes < snapshot.bytes:
+            before = transfer.done_bytes
+            try:
+                await _fetch_on(snapshot, link, targets, throttle, transfer, runner, wanted)
+            except OSError as error:
+                transfer.done_bytes = sum(target.done for target in targets.values())
+                if transfer.done_bytes > before:
+                    until = trio.current_time() + AWAY_S
+                elif trio.current_time() >= until:
+                    raise PeerGoneError(link.name, str(error), sent=True) from error
+                await trio.sleep(AGAIN_S)
+        await runner(_verify, snapshot.files, targets)
         transfer.ended = trio.current_time()
-        await runner(_verify, directory, snapshot.files, fds)
 
 
-def _chunks(files: tuple[File, ...]) -> Iterator[tuple[File, int, int]]:
-    for file in files:
-        for offset in range(0, file.bytes, CHUNK_BYTES):
-            yield file, offset, min(CHUNK_BYTES, file.bytes - offset)
+async def _fetch_on(
+    snapshot: Snapshot,
+    link: PeerLink,
+    targets: dict[str, Target],
+    throttle: Throttle,
+    transfer: Transfer,
+    runner: ThreadRunner,
+    wanted: Callable[[], bool],
+) -> None:
+    """From where the targets are. Raises OSError when the connection breaks, and as `fetch`."""
+    if link.address is None:
+        raise ConnectionError("its address is not known yet")
+    pieces = iter(list(_pieces(snapshot, targets, CHUNK_BYTES if throttle.bounded else PIECE_BYTES_MAX)))
+    asked: deque[Piece] = deque()
+    async with asking(link.address) as asker:
+        while True:
+            # One ahead, so that the giver never waits for us.
+            while len(asked) < IN_FLIGHT and (piece := next(pieces, None)) is not None:
+                if not wanted():
+                    raise SnapshotError("overtaken", "its epoch is not followed any more")
+                await throttle.take(piece.bytes)
+                await asker.ask(piece)
+                asked.append(piece)
+            if not asked:
+                return
+            piece = asked.popleft()
+            try:
+                await asker.take(targets[piece.file], piece.bytes, runner)
+            except RefusedError as error:
+                raise RemoteError(error.code, error.message) from error
+            transfer.done_bytes += piece.bytes
 
 
-async def _read(
-    link: PeerLink, id_: str, name: str, offset: int, size: int, wanted: Callable[[], bool]
-) -> bytes:
-    until = trio.current_time() + AWAY_S
-    while True:
-        if not wanted():
-            raise SnapshotError("overtaken", "its epoch is not followed any more")
-        try:
-            data = await link.call("snapshot_read", [id_, name, offset, size], READ_S)
-        except (PeerGoneError, PeerTimeoutError, PeerOverloadedError):
-            if trio.current_time() >= until:
-                raise
-        else:
-            if type(data) is not bytes or len(data) != size:
-                raise SnapshotError(
-                    "bad_answer", f"{link.name} sent another part of {name} than was asked for"
-                )
-            return data
-        await trio.sleep(AGAIN_S)
+def _pieces(snapshot: Snapshot, targets: dict[str, Target], most: int) -> Iterator[Piece]:
+    for file in snapshot.files:
+        for offset in range(targets[file.name].done, file.bytes, most):
+            yield Piece(snapshot.id, file.name, offset, min(most, file.bytes - offset))
 
 
-def _make_files(directory: Path, files: tuple[File, ...], stack: ExitStack) -> dict[str, int]:
-    fds: dict[str, int] = {}
+def _make_files(directory: Path, files: tuple[File, ...], stack: ExitStack) -> dict[str, Target]:
+    targets: dict[str, Target] = {}
     try:
         for file in files:
             path = directory / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            fds[file.name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-            stack.callback(os.close, fds[file.name])
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+            stack.callback(os.close, fd)
+            targets[file.name] = Target(path, fd)
             if file.bytes:
-                os.posix_fallocate(fds[file.name], 0, file.bytes)
+                os.posix_fallocate(fd, 0, file.bytes)
     except OSError as error:
         raise disk_error(error, directory) from error
-    return fds
+    return targets
 
 
-def _write(fd: int, data: bytes, offset: int, directory: Path) -> None:
-    try:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(fd, memoryview(data)[done:], offset + done)
-    except OSError as error:
-        raise disk_error(error, directory) from error
-
-
-def _verify(directory: Path, files: tuple[File, ...], fds: dict[str, int]) -> None:
-    try:
-        for file in files:
-            os.fdatasync(fds[file.name])
-            if checksum(directory / file.name, file.bytes) != file.xxh3:
-                raise SnapshotError("snapshot_damaged", f"{file.name} is not what was sent")
-    except OSError as error:
-        raise disk_error(error, directory) from error
+def _verify(files: tuple[File, ...], targets: dict[str, Target]) -> None:
+    """On the disk, and what was sent."""
+    for file in files:
+        targets[file.name].sync()
+        if targets[file.name].xxh3 != file.xxh3:
+            raise SnapshotError("snapshot_damaged", f"{file.name} is not what was sent")
 
 
 async def _nothing() -> None:
@@ -275,8 +268,8 @@ class Fetcher:
         # By shard: of moves that were given a rate of their own.
         self._own: dict[int, Throttle] = {}
         self._settle = settle
-        self._runner: Runner = ThreadRunner("fetch", limit=4)
-        self.counters = {"fetches": 0, "fetched_bytes": 0, "installed": 0}
+        self._runner = ThreadRunner("fetch", limit=4)
+        self.counters = {"fetches": 0, "fetched_bytes": 0, "fetch_ms": 0, "installed": 0}
 
     def pace(self, shard: int, bytes_per_s: float | None) -> None:
         """That shard's snapshots are fetched at this rate of their own, 0: unthrottled; None: as the others, which share one.
@@ -323,6 +316,7 @@ class Fetcher:
             wanted=lambda: actor.election.takes(snapshot.epoch),
         )  # fmt: skip
         self.counters["fetched_bytes"] += snapshot.bytes
+        self.counters["fetch_ms"] += round(1_000 * (transfer.ended - transfer.began))
         state = await self._runner(_prepare, installing.fetch, actor.replica)
         if state.position != snapshot.position:
             raise SnapshotError("snapshot_damaged", "it does not end where it was said to end")

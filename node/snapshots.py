@@ -2,18 +2,18 @@
 
   snapshot_open   [shard, [epoch, sequence] that it must reach] → [id, epoch of the primary, [epoch, sequence] that it holds
                     everything up to, [[file, bytes, xxh3 in hex]…]]
-  snapshot_read   [id, file, offset, bytes] → bytes
   snapshot_close  [id] → nil
 
-The log is kept from a snapshot's position while it is open, so that whoever takes it can go on from there.
+In between its files are read (node/bulk.py). The log is kept from a snapshot's position while it is open, so that whoever takes
+it can go on from there.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import structlog
 import trio
 
+from node import bulk
 from node.blocking import Runner, ThreadRunner
 from node.shard import ShardActor
 from router.ports import NodeError
@@ -36,7 +37,6 @@ AT_ONCE = 2
 RETRY_MS = 500
 EXPIRE_S = 60.0
 LOOK_S = 1.0
-READ_BYTES_MAX = 1 << 20
 
 Handler = Callable[[str, Any], Awaitable[Any]]
 
@@ -63,14 +63,14 @@ class Snapshots:
         """directory: for the files of open snapshots, on the replicas' file system; what is in it is removed by `run`."""
         self._shards, self._directory, self._expire_s = shards, directory, expire_s
         self._making: Runner = ThreadRunner("snapshots", limit=AT_ONCE)
-        self._reading: Runner = ThreadRunner("snapshot-reads", limit=4)
+        self._sending = ThreadRunner("snapshot-sends", limit=2 * AT_ONCE)
         self._open: dict[str, _Open] = {}
         self._begun = 0
         self.counters = {"opened": 0, "closed": 0, "expired": 0, "read_bytes": 0}
 
     def handlers(self) -> dict[str, Handler]:
         """By op; they raise NodeError."""
-        return {"snapshot_open": self.open, "snapshot_read": self.read, "snapshot_close": self.close}
+        return {"snapshot_open": self.open, "snapshot_close": self.close}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         for one in list(self._open.values()):
@@ -108,7 +108,7 @@ class Snapshots:
 
     async def _make(self, peer: str, actor: ShardActor, epoch: int, wanted: Version) -> Any:
         began = trio.current_time()
-        id_ = secrets.token_hex(8)
+        id_ = secrets.token_hex(16)
         directory = self._directory / f"{actor.shard:03}-{id_}"
         replica, pinned = await actor.upkeep.pin(id_, directory, self._making)
         one = _Open(id_, peer, replica, directory, {}, trio.current_time(), reading=1)
@@ -133,30 +133,26 @@ class Snapshots:
         )  # fmt: skip
         return [id_, epoch, position, [[name, *described] for name, described in one.files.items()]]
 
-    def _asked(self, peer: str, id_: str) -> _Open:
-        one = self._open.get(id_)
-        if one is None or one.peer != peer:
-            raise NodeError("snapshot_gone", "this snapshot is not open (any more); ask for another")
-        return one
+    async def give(self, stream: trio.abc.Stream) -> None:
+        """A connection for files (node/bulk.py), until it ends. Raises ProtocolError, trio.BrokenResourceError."""
+        await bulk.give(stream, self.reading, self._sending)
 
-    async def read(self, peer: str, body: Any) -> bytes:
-        id_, name, offset, size = body
-        one = self._asked(peer, id_)
-        if name not in one.files:
-            raise NodeError("bad_request", f"the snapshot has no file {name!r}")
-        size = min(size, READ_BYTES_MAX, one.files[name][0] - offset)
+    @contextmanager
+    def reading(self, piece: bulk.Piece) -> Iterator[Path]:
+        """The file of a piece of an open snapshot. Raises NodeError."""
+        one = self._open.get(piece.snapshot)
+        if one is None:
+            raise NodeError("snapshot_gone", "this snapshot is not open (any more); ask for another")
+        if piece.file not in one.files or piece.offset + piece.bytes > one.files[piece.file][0]:
+            raise NodeError("bad_request", f"the snapshot has no such part of a file {piece.file!r}")
         one.touched = trio.current_time()
-        if size <= 0 or offset < 0:
-            return b""
         one.reading += 1
         try:
-            data = await self._reading(_read, one.directory / name, offset, size)
-        except StorageError as error:
-            raise NodeError(error.code, str(error)) from error
+            yield one.directory / piece.file
         finally:
             one.reading -= 1
-        self.counters["read_bytes"] += len(data)
-        return data
+            one.touched = trio.current_time()
+        self.counters["read_bytes"] += piece.bytes
 
     async def close(self, peer: str, body: Any) -> None:
         (id_,) = body
@@ -187,11 +183,3 @@ def _checksums(directory: Path, files: Mapping[str, int]) -> dict[str, str]:
         return {name: checksum(directory / name, size) for name, size in files.items()}
     except OSError as error:
         raise DamagedError(directory, None, f"it cannot be read ({error.strerror})") from error
-
-
-def _read(path: Path, offset: int, size: int) -> bytes:
-    try:
-        with path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
-    except OSError as error:
-        raise DamagedError(path, offset, f"it cannot be read ({error.strerror})") from error
