@@ -119,21 +119,6 @@ async def test_a_replica_is_brought_or_removed_as_a_whole_when_who_asked_is_gone
 
 
 @on_trio
-async def test_what_was_removed_is_not_begun_anew_at_the_next_start(tmp_path: Path) -> None:
-    """The founders of a shard whose replicas have all moved away would found it a second time."""
-    async with holding(tmp_path) as (holdings, failover):
-        assert not holdings.removed(0)
-        await holdings.bring(0, failover)
-        await holdings.drop(0)
-        assert holdings.removed(0)
-    async with holding(tmp_path) as (holdings, failover):
-        assert holdings.removed(0)
-        assert holdings.on_disk() == []
-        await holdings.bring(0, failover)
-        assert not holdings.removed(0)
-
-
-@on_trio
 async def test_a_damaged_replica_is_begun_anew_only_when_others_vote(tmp_path: Path) -> None:
     async with running(tmp_path, keep=True) as actor:
         await actor.write([change(1)], "primary", b"1" * 16, 2.0)
