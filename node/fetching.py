@@ -114,6 +114,7 @@ class Throttle:
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
         self._free_at = 0.0
+        self._over = trio.Event()
 
     @property
     def bounded(self) -> bool:
@@ -125,7 +126,12 @@ class Throttle:
             return
         at = max(self._free_at, trio.current_time())
         self._free_at = at + size / self._bytes_per_s
-        await trio.sleep_until(at)
+        with trio.move_on_at(at):
+            await self._over.wait()
+
+    def end(self) -> None:
+        """Another takes its place: nobody waits for this one any more."""
+        self._over.set()
 
 
 def read_snapshot(body: Any) -> Snapshot:
@@ -164,14 +170,16 @@ async def fetch(
     link: PeerLink,
     directory: Path,
     *,
-    throttle: Throttle,
+    throttle: Callable[[], Throttle],
     transfer: Transfer,
     runner: ThreadRunner,
     wanted: Callable[[], bool],
 ) -> None:
     """Its files in `directory`, which is made, verified and on the disk. A broken connection goes on where it was.
 
-    wanted: whether to go on, asked before each piece. Raises PeerError, SnapshotError, DiskFullError, ReplicaStoppedError.
+    throttle: that of the moment. wanted: whether to go on, asked before each piece.
+
+    Raises PeerError, SnapshotError, DiskFullError, ReplicaStoppedError.
     """
     transfer.begin(snapshot.bytes)
     with ExitStack() as stack:
@@ -196,7 +204,7 @@ async def _fetch_on(
     snapshot: Snapshot,
     link: PeerLink,
     targets: dict[str, Target],
-    throttle: Throttle,
+    throttle: Callable[[], Throttle],
     transfer: Transfer,
     runner: ThreadRunner,
     wanted: Callable[[], bool],
@@ -204,7 +212,7 @@ async def _fetch_on(
     """From where the targets are. Raises OSError when the connection breaks, and as `fetch`."""
     if link.address is None:
         raise ConnectionError("its address is not known yet")
-    pieces = iter(list(_pieces(snapshot, targets, CHUNK_BYTES if throttle.bounded else PIECE_BYTES_MAX)))
+    pieces = iter(list(_pieces(snapshot, targets, CHUNK_BYTES if throttle().bounded else PIECE_BYTES_MAX)))
     asked: deque[Piece] = deque()
     async with asking(link.address) as asker:
         while True:
@@ -212,7 +220,7 @@ async def _fetch_on(
             while len(asked) < IN_FLIGHT and (piece := next(pieces, None)) is not None:
                 if not wanted():
                     raise SnapshotError("overtaken", "its epoch is not followed any more")
-                await throttle.take(piece.bytes)
+                await throttle().take(piece.bytes)
                 await asker.ask(piece)
                 asked.append(piece)
             if not asked:
@@ -274,10 +282,15 @@ class Fetcher:
     def pace(self, shard: int, bytes_per_s: float | None) -> None:
         """That shard's snapshots are fetched at this rate of their own, 0: unthrottled; None: as the others, which share one.
         Kept until the replica votes or is removed, or this process ends."""
-        if bytes_per_s is None:
-            self._own.pop(shard, None)
-        else:
+        before = self._own.pop(shard, None)
+        if bytes_per_s is not None:
             self._own[shard] = Throttle(bytes_per_s)
+        if before is not None:
+            before.end()
+
+    def throttle(self, shard: int) -> Throttle:
+        """Which one counts for that shard now."""
+        return self._own.get(shard, self._throttle)
 
     async def catch_up(
         self, actor: ShardActor, snapshot: Snapshot, link: PeerLink, transfer: Transfer
@@ -312,7 +325,7 @@ class Fetcher:
         await self._runner(installing.clear)
         await fetch(
             snapshot, link, installing.fetch,
-            throttle=self._own.get(actor.shard, self._throttle), transfer=transfer, runner=self._runner,
+            throttle=partial(self.throttle, actor.shard), transfer=transfer, runner=self._runner,
             wanted=lambda: actor.election.takes(snapshot.epoch),
         )  # fmt: skip
         self.counters["fetched_bytes"] += snapshot.bytes

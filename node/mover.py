@@ -211,6 +211,11 @@ class Mover:
         for shard, actor in self._holdings.actors.items():
             if self._members.own.name in actor.placement.names:
                 self._holdings.fetcher.pace(shard, None)
+            if not actor.primary and not actor.placement.names:
+                # Its log is empty: it knows no voter whom it could ask, and what gossip told once it may have come to doubt.
+                epoch, primary = self._members.reign(shard)
+                if primary:
+                    self._failover.hear(actor, epoch, primary)
 
     def _whole(self, actor: ShardActor) -> bool:
         return all(self._alive(name) for name in actor.placement.names)

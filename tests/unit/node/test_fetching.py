@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -311,16 +312,63 @@ async def test_the_log_is_kept_from_where_an_open_snapshot_ends(tmp_path: Path) 
 async def test_a_rate_is_kept(tmp_path: Path) -> None:
     async with pair(tmp_path, items=10_000) as (_, _, _, link), opened(link, 0, Version(0, 0)) as snapshot:
         transfer = Transfer()
-        rate = snapshot.bytes / 1.0
+        throttle = Throttle(snapshot.bytes / 1.0)
         began = trio.current_time()
         await fetch(
-            snapshot, link, tmp_path / "fetched", throttle=Throttle(rate), transfer=transfer,
+            snapshot, link, tmp_path / "fetched", throttle=lambda: throttle, transfer=transfer,
             runner=ThreadRunner("fetch"), wanted=lambda: True,
         )  # fmt: skip
         # The last chunk needs no wait behind it.
         assert trio.current_time() - began > 0.5
         assert transfer.done_bytes == transfer.total_bytes == snapshot.bytes
         assert str(transfer) == "installing snapshot"
+
+
+@on_trio
+async def test_the_fetches_of_a_node_share_its_rate_and_one_with_a_rate_of_its_own_does_not() -> None:
+    fetcher = Fetcher(bytes_per_s=1_000)
+    shared, same = fetcher.throttle(1), fetcher.throttle(2)
+    assert shared is same
+    fetcher.pace(3, 500)
+    fetcher.pace(4, 0)
+    own, free = fetcher.throttle(3), fetcher.throttle(4)
+    assert (shared.bounded, own.bounded, free.bounded) == (True, True, False)
+    with trio.fail_after(5):
+        began = trio.current_time()
+        for _ in range(5):
+            await free.take(1 << 30)
+        assert trio.current_time() - began < 0.5
+        # The first bytes go at once; whoever is next waits for all that went before, of whichever shard.
+        await shared.take(100)
+        await own.take(100)
+        assert trio.current_time() - began < 0.5
+        await same.take(1)
+        assert trio.current_time() - began >= 0.1
+        await own.take(1)
+        assert trio.current_time() - began >= 0.2
+    fetcher.pace(3, None)
+    assert fetcher.throttle(3) is shared
+    assert not Fetcher().throttle(9).bounded
+
+
+@on_trio
+async def test_a_rate_that_changes_counts_for_what_is_under_way(tmp_path: Path) -> None:
+    """`--rate` may be told while the shard is being fetched already, and is taken back when its move is cancelled."""
+    async with pair(tmp_path, items=10_000) as (_, _, _, link), opened(link, 0, Version(0, 0)) as snapshot:
+        transfer, fetcher = Transfer(), Fetcher()
+        fetcher.pace(0, 1_000)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(
+                    partial(
+                        fetch, snapshot, link, tmp_path / "fetched", throttle=lambda: fetcher.throttle(0),
+                        transfer=transfer, runner=ThreadRunner("fetch"), wanted=lambda: True,
+                    )
+                )  # fmt: skip
+                await trio.sleep(0.3)
+                assert transfer.done_bytes < snapshot.bytes
+                fetcher.pace(0, None)
+        assert transfer.done_bytes == snapshot.bytes
 
 
 @on_trio

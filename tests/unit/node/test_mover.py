@@ -66,7 +66,7 @@ class Led:
     """As a ShardActor that `a` leads, in a placement of its own."""
 
     def __init__(self, shard: int, *names: str) -> None:
-        self.shard, self.leads, self.settled = shard, True, True
+        self.shard, self.leads, self.settled, self.primary = shard, True, True, "a"
         self.placement = Placement(tuple((name, number) for number, name in enumerate(names, 1)))
         self.hint, self.reign = (3, "a"), SimpleNamespace(epoch=3)
         self.purges = 0
@@ -270,3 +270,25 @@ async def too_many_in() -> None:
 
 def test_two_come_in_at_a_time_whoever_asks_at_the_same_moment_and_leavers_do_not_count() -> None:
     in_virtual_time(too_many_in)
+
+
+async def empty_again(path: Path) -> None:
+    """Brought, named as a learner, and started again before a byte had come: it knows nobody to ask."""
+    told: list[tuple[int, int, str]] = []
+    blank, known = Led(0), Led(1, "a", "b")
+    for actor in (blank, known):
+        actor.leads, actor.primary = False, ""
+    mover, _ = mover_of({0: blank, 1: known}, (("a", "b"),) * 2, path)
+    mover._members.reign = lambda shard: (7, "b")  # type: ignore[method-assign]
+    mover._failover.hear = lambda actor, epoch, name: told.append((actor.shard, epoch, name))  # type: ignore
+    async with trio.open_nursery() as nursery:
+        await nursery.start(mover.run)
+        await trio.sleep(3 * EVERY_S)
+        nursery.cancel_scope.cancel()
+    # Again and again: it may come to doubt what it was told.
+    assert len(told) > 1
+    assert set(told) == {(0, 7, "b")}
+
+
+def test_a_replica_that_knows_no_voter_is_told_who_leads(tmp_path: Path) -> None:
+    in_virtual_time(empty_again, tmp_path)
