@@ -301,7 +301,9 @@ def figures(one: dict[str, Any]) -> str:
 
 
 def _name(one: dict[str, Any]) -> str:
-    return f"shard {one['shard']}: {one['source'] or '–'} → {one['target'] or '–'}"
+    if one["target"] is None:
+        return f"shard {one['shard']}: {one['source']} lets go of it"
+    return f"shard {one['shard']}: {one['source'] or '(one more)'} → {one['target']}"
 
 
 # -- printing ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import trio
 
 from gossip.effects import Event
 from node import facts, forming, inforce, joining, layoutfile, notify, promises
+from node.arrivals import Arrivals
 from node.blocking import DedicatedThread, ThreadRunner
 from node.config import Address, Config
 from node.duty import open_duty
@@ -334,7 +335,7 @@ class Daemon:
         publisher = Publisher(parts.agent, shards, holdings.replicators, lane, lane_thread.statistics)
         holdings.changed = publisher.tell_shards
         failover = parts.failover = Failover(
-            self._name, shards, parts.promises, links, on_change=publisher.tell_shards
+            self._name, shards, parts.promises, links, on_change=lambda: self._lead(publisher)
         )
         looking = ThreadRunner("repair")
         repairer = parts.repairer = Repairer(self._name, shards, links, config.repair, looking)
@@ -362,7 +363,7 @@ class Daemon:
         orders = parts.orders = Orders(
             parts.members, links, self._layouts, duty, failover, holdings, self._operations.shards
         )
-        self._handlers |= mover.handlers() | orders.handlers()
+        self._handlers |= Arrivals(self._name, holdings, failover).handlers() | orders.handlers()
         await supervisor.start(mover, name="mover")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
@@ -383,6 +384,12 @@ class Daemon:
         # What was told before we listened.
         self._hear_of_primaries(None, failover)
         await supervisor.start(Noting(founders, parts.members, shards), name="founders")
+
+    def _lead(self, publisher: Publisher) -> None:
+        """A shard more, or one less."""
+        publisher.tell_shards()
+        if self._parts.mover is not None:
+            self._parts.mover.wake()
 
     def _hear_of_primaries(self, event: Event | None, failover: Failover) -> None:
         """Who leads, for those who were away when it was told. event: None: whatever anybody has told."""

@@ -6,9 +6,9 @@ after a crash goes on. Shards that have lost a voter come before those that are 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import structlog
 import trio
@@ -42,8 +42,7 @@ REST_S = 0.01
 # Replicas are opened one after the other there; and what was asked may be asked again.
 CALL_S = 10.0
 AGAIN_S = 1.0
-# Replicas that may come to a node at the same time, and go from it.
-IN_MAX = 2
+# Replicas that may go from a node at the same time; two may come to one (node/arrivals.py).
 OUT_MAX = 2
 
 
@@ -75,12 +74,12 @@ class Mover:
         # Shards for which something is being carried out; whom each of them is asking for a replica.
         self._busy: set[int] = set()
         self._bringing: dict[int, str] = {}
-        # Shards whose replicas others have brought here, until they vote.
-        self._arriving: set[int] = set()
         # By shard: when tombstones are looked at again.
         self._purge_at: dict[int, float] = {}
         self._look_at = 0.0
         self._changed: set[int] = set()
+        # By shard: until when the epoch of its changed placement is expected.
+        self._opening: dict[int, float] = {}
         self._woken = trio.Event()
         # shard → what is done or waited for, for people.
         self.stages: dict[int, str] = {}
@@ -168,11 +167,16 @@ class Mover:
             with trio.move_on_at(self._look_at):
                 async with trio.open_nursery() as nursery:
                     for actor in self._holdings.actors.values():
-                        if actor.leads and (actor.placement.learners or not actor.settled):
+                        if self._expects_news(actor):
                             nursery.start_soon(self._wake_when_changed, actor)
                     await self._woken.wait()
                     nursery.cancel_scope.cancel()
         await trio.sleep(REST_S)
+
+    def _expects_news(self, actor: ShardActor) -> bool:
+        if trio.current_time() < self._opening.get(actor.shard, 0.0):
+            return True
+        return actor.leads and (bool(actor.placement.learners) or not actor.settled)
 
     async def _wake_when_changed(self, actor: ShardActor) -> None:
         await actor.changed()
@@ -298,6 +302,7 @@ class Mover:
         elif isinstance(step, Place):
             if self._failover.change(actor, step.placement):
                 self.counters["placed"] += 1
+                self._opening[actor.shard] = trio.current_time() + AGAIN_S
                 self._say(actor.shard, step.why)
                 self._brought.pop(actor.shard, None)
         elif isinstance(step, HandOver):
@@ -342,54 +347,3 @@ class Mover:
             if await link.call("dismiss", [actor.shard, reign.epoch], CALL_S):
                 self.counters["dismissed"] += 1
                 self._say(actor.shard, f"{name} has removed its replica")
-
-    # -- what other primaries ask of us ---------------------------------------------------------------------------
-
-    def handlers(self) -> dict[str, Callable[[str, Any], Awaitable[Any]]]:
-        """By op."""
-        return {"bring": self.on_bring, "dismiss": self.on_dismiss}
-
-    async def on_bring(self, peer: str, body: Any) -> int:
-        """The peer op `bring`: [shard, epoch, primary] → the id of the replica that is here now. Raises RemoteError."""
-        shard, epoch, primary = int(body[0]), int(body[1]), str(body[2])
-        held = self._holdings
-        coming = self._coming() - {shard}
-        if shard not in held.actors and len(coming) >= IN_MAX:
-            raise RemoteError("busy", f"{len(coming)} other replicas are coming to this node; later")
-        # Before anything is waited for: others ask meanwhile.
-        self._arriving.add(shard)
-        try:
-            actor = await held.bring(shard, self._failover)
-        except BaseException as error:
-            if shard not in held.actors:
-                self._arriving.discard(shard)
-            if isinstance(error, StorageError):
-                raise RemoteError(error.code, str(error)) from error
-            raise
-        actor.hear_of(epoch, primary)
-        return actor.replica.replica_id
-
-    def _coming(self) -> set[int]:
-        """Shards that are to vote here and do not yet. Not those that have voted, and only wait to be removed."""
-        own, actors = self._members.own.name, self._holdings.actors
-        learns = {shard for shard, actor in actors.items() if own in dict(actor.placement.learners)}
-        votes = {shard for shard, actor in actors.items() if own in actor.placement.names}
-        self._arriving -= votes
-        return (self._arriving | learns) - votes
-
-    async def on_dismiss(self, peer: str, body: Any) -> bool:
-        """The peer op `dismiss`: [shard, epoch]: the primary of that epoch does not count on our replica. Whether it is gone; not
-        while it may hold what somebody was told is written, and nobody else has (`tail-kept`)."""
-        shard, epoch = body
-        actor = self._holdings.actors.get(shard)
-        if actor is None:
-            return True
-        replica = actor.replica
-        # What our log has that the primary's lacks is known, and put aside to be offered, once it ends in that primary's epoch.
-        follows = replica.position.epoch == epoch or not replica.position.sequence
-        if actor.leads or not follows or replica.side_files():
-            return False
-        log.info("dismissed", shard=shard, by=peer, epoch=epoch)
-        await self._holdings.drop(shard)
-        self._arriving.discard(shard)
-        return True

@@ -11,10 +11,11 @@ import pytest
 import trio
 import trio.testing
 
+from node.arrivals import IN_MAX, Arrivals
 from node.config import ClusterConfig
 from node.duty import Duty
 from node.fetching import Fetcher
-from node.mover import AGAIN_S, CALL_S, EVERY_S, IN_MAX, OUT_MAX, Mover
+from node.mover import AGAIN_S, CALL_S, EVERY_S, OUT_MAX, Mover
 from node.peerlink import PeerTimeoutError, RemoteError
 from node.placement import Placement
 from node.shard import ShardActor
@@ -42,20 +43,19 @@ async def test_a_replica_with_records_that_nobody_else_may_have_is_not_removed(t
     acknowledged. Only when it follows that primary it is known what it must offer first."""
     async with running(tmp_path, ("a", "b", "c")) as actor:
         held = Held(actor)
-        members = SimpleNamespace(own=SimpleNamespace(name="a"))
-        mover = Mover(held, None, members, None, lambda: None, None, ClusterConfig())  # type: ignore[arg-type]
+        arrivals = Arrivals("a", held, None)  # type: ignore[arg-type]
         actor.election.on_echo("b", trio.current_time())
         await actor.write([change(1)], "primary", b"1" * 16, 2.0)
-        assert not await mover.on_dismiss("b", [0, 9]), "it leads"
+        assert not await arrivals.on_dismiss("b", [0, 9]), "it leads"
         actor.act(actor, actor.election.on_leader(9, trio.current_time()))
-        assert not await mover.on_dismiss("b", [0, 9])
+        assert not await arrivals.on_dismiss("b", [0, 9])
         told = actor.replica.position
         actor.act(actor, actor.election.on_stream("b", 9, trio.current_time()))
-        assert not await mover.on_dismiss("b", [0, 9]), "its log has not been compared with that primary's"
+        assert not await arrivals.on_dismiss("b", [0, 9]), "its log has not been compared with that primary's"
         blobs, records = epoch_record(9, told.sequence, actor.placement.pack())
         assert await actor.follow(9, blobs, records)
-        assert not await mover.on_dismiss("c", [0, 8]), "a primary that is one no more"
-        assert await mover.on_dismiss("b", [0, 9])
+        assert not await arrivals.on_dismiss("c", [0, 8]), "a primary that is one no more"
+        assert await arrivals.on_dismiss("b", [0, 9])
         assert not held.actors
 
 
@@ -217,14 +217,13 @@ class Coming(Led):
 
 async def too_many_in() -> None:
     held = Opening()
-    members = SimpleNamespace(own=SimpleNamespace(name="a"))
-    mover = Mover(held, None, members, None, lambda: None, None, ClusterConfig())  # type: ignore[arg-type]
+    arrivals = Arrivals("a", held, None)  # type: ignore[arg-type]
     done: list[int] = []
     busy: list[int] = []
 
     async def ask(shard: int) -> None:
         try:
-            assert await mover.on_bring("b", [shard, 3, "b"]) == 1_000 + shard
+            assert await arrivals.on_bring("b", [shard, 3, "b"]) == 1_000 + shard
             done.append(shard)
         except RemoteError as error:
             assert error.code == "busy"
@@ -254,14 +253,14 @@ async def too_many_in() -> None:
     await ask_all(5)
     assert done == [5]
     # One of those that come is dismissed.
-    assert await mover.on_dismiss("b", [5, 3])
+    assert await arrivals.on_dismiss("b", [5, 3])
     await ask_all(6)
     assert done == [6]
     # One that cannot be begun is not on its way.
     held.actors[4].placement = held.actors[second].placement
     held.fails = True
     with pytest.raises(RemoteError) as caught:
-        await mover.on_bring("b", [7, 3, "b"])
+        await arrivals.on_bring("b", [7, 3, "b"])
     assert caught.value.code == "disk_full"
     held.fails = False
     await ask_all(8)
