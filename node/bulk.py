@@ -30,6 +30,7 @@ from node.blocking import ThreadRunner
 from node.config import Address
 from node.frames import BROKEN_MSGPACK, BULK_MAGIC, HEADER, ProtocolError
 from router.ports import NodeError
+from storage.files import send_to_disk
 from storage.vectors import disk_error
 
 log = structlog.get_logger(__name__)
@@ -38,6 +39,7 @@ FRAME_BYTES_MAX = 4 << 10
 # The most of one request.
 PIECE_BYTES_MAX = 4 << 20
 BUFFER_BYTES = 1 << 20
+SEND_BYTES = 16 << 20
 CONNECT_S = 3.0
 # Without a byte that comes or goes.
 SILENCE_S = 15.0
@@ -222,6 +224,8 @@ class Target:
 
     def __init__(self, path: Path, fd: int) -> None:
         self.done = 0
+        # Up to where the disk was told to begin.
+        self._sent = 0
         self._path, self._fd = path, fd
         self._digest = xxh3_64()
 
@@ -238,6 +242,10 @@ class Target:
                 count = os.pwrite(self._fd, data, self.done)
                 self.done += count
                 data = data[count:]
+            if self.done - self._sent >= SEND_BYTES:
+                # The disk begins while more is coming; else it would have everything to do at the end.
+                send_to_disk(self._fd, self._sent, self.done - self._sent)
+                self._sent = self.done
         except OSError as error:
             raise disk_error(error, self._path) from error
 

@@ -18,8 +18,17 @@ import trio
 from node.blocking import ThreadRunner
 from node.bulk import PIECE_BYTES_MAX, Piece, RefusedError, Target, asking
 from node.fork import EpochStarts, shared_end
-from node.peerlink import PeerError, PeerGoneError, PeerLink, RemoteError
+from node.peerlink import (
+    Call,
+    PeerError,
+    PeerGoneError,
+    PeerLink,
+    PeerOverloadedError,
+    PeerTimeoutError,
+    RemoteError,
+)
 from node.shard import ShardActor
+from node.transfer import Throttle, Transfer
 from storage.crash_points import reached
 from storage.errors import DamagedError, StorageError
 from storage.installing import Installing
@@ -34,7 +43,7 @@ log = structlog.get_logger(__name__)
 # Of one request when there is a rate to keep; as large as may be, when there is none.
 CHUNK_BYTES = 1 << 20
 IN_FLIGHT = 2
-# The primary makes a checkpoint and reads everything once before it answers.
+# The primary makes a checkpoint before it answers; and reads everything once for the checksums.
 OPEN_S = 300.0
 CLOSE_S = 1.0
 # A giver that cannot be reached is waited for as long as the primary keeps an idle snapshot.
@@ -53,7 +62,6 @@ class SnapshotError(Exception):
 class File(NamedTuple):
     name: str
     bytes: int
-    xxh3: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,74 +78,10 @@ class Snapshot:
         return sum(file.bytes for file in self.files)
 
 
-@dataclass(slots=True)
-class Transfer:
-    """How far a fetch is, for whoever looks."""
-
-    total_bytes: int = 0
-    done_bytes: int = 0
-    began: float = 0.0
-    ended: float = 0.0
-
-    def begin(self, total_bytes: int) -> None:
-        self.total_bytes, self.done_bytes = total_bytes, 0
-        self.began, self.ended = trio.current_time(), 0.0
-
-    @property
-    def bytes_per_s(self) -> float:
-        seconds = (self.ended or trio.current_time()) - self.began
-        return self.done_bytes / seconds if self.began and seconds > 0 else 0.0
-
-    def figures(self) -> dict[str, int] | None:
-        """None before the first."""
-        if not self.total_bytes:
-            return None
-        return {
-            "bytes": self.done_bytes,
-            "total_bytes": self.total_bytes,
-            "bytes_per_s": round(self.bytes_per_s),
-        }
-
-    def __str__(self) -> str:
-        if not self.total_bytes:
-            return "asking for a snapshot"
-        if self.done_bytes >= self.total_bytes:
-            return "installing snapshot"
-        done = 100 * self.done_bytes // self.total_bytes
-        size, rate = self.total_bytes / 1e6, self.bytes_per_s / 1e6
-        return f"fetching snapshot {done}% of {size:.1f} MB, {rate:.1f} MB/s"
-
-
-class Throttle:
-    """Bytes per second for all who share it; 0: no bound."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._free_at = 0.0
-        self._over = trio.Event()
-
-    @property
-    def bounded(self) -> bool:
-        return self._bytes_per_s > 0
-
-    async def take(self, size: int) -> None:
-        """Returns when `size` more bytes may go."""
-        if not self._bytes_per_s:
-            return
-        at = max(self._free_at, trio.current_time())
-        self._free_at = at + size / self._bytes_per_s
-        with trio.move_on_at(at):
-            await self._over.wait()
-
-    def end(self) -> None:
-        """Another takes its place: nobody waits for this one any more."""
-        self._over.set()
-
-
 def read_snapshot(body: Any) -> Snapshot:
     """The answer to `snapshot_open`. Raises TypeError, ValueError."""
     id_, epoch, (at, sequence), files = body
-    found = tuple(File(str(name), int(size), str(check)) for name, size, check in files)
+    found = tuple(File(str(name), int(size)) for name, size in files)
     for file in found:
         path = PurePosixPath(file.name)
         if path.is_absolute() or not path.parts or ".." in path.parts or file.bytes < 0:
@@ -182,6 +126,8 @@ async def fetch(
     Raises PeerError, SnapshotError, DiskFullError, ReplicaStoppedError.
     """
     transfer.begin(snapshot.bytes)
+    # Made while the bytes come.
+    checks = _Checks(link, snapshot)
     with ExitStack() as stack:
         targets = await runner(_make_files, directory, snapshot.files, stack)
         until = trio.current_time() + AWAY_S
@@ -196,7 +142,7 @@ async def fetch(
                 elif trio.current_time() >= until:
                     raise PeerGoneError(link.name, str(error), sent=True) from error
                 await trio.sleep(AGAIN_S)
-        await runner(_verify, snapshot.files, targets)
+        await runner(_verify, snapshot.files, targets, await checks.get())
         transfer.ended = trio.current_time()
 
 
@@ -255,11 +201,40 @@ def _make_files(directory: Path, files: tuple[File, ...], stack: ExitStack) -> d
     return targets
 
 
-def _verify(files: tuple[File, ...], targets: dict[str, Target]) -> None:
+class _Checks:
+    """The giver's checksums of all files. Asked for at once; whoever wants to know waits."""
+
+    def __init__(self, link: PeerLink, snapshot: Snapshot) -> None:
+        self._link, self._snapshot = link, snapshot
+        self._call: Call | None = None
+        with suppress(PeerError):
+            self._call = self._begin()
+
+    def _begin(self) -> Call:
+        return self._link.begin("snapshot_checks", [self._snapshot.id], OPEN_S)
+
+    async def get(self) -> dict[str, str]:
+        """By file name. Raises PeerError."""
+        until = trio.current_time() + AWAY_S
+        while True:
+            try:
+                call, self._call = self._call or self._begin(), None
+                return {str(name): str(check) for name, check in await call.wait()}
+            except (PeerGoneError, PeerTimeoutError, PeerOverloadedError):
+                if trio.current_time() >= until:
+                    raise
+                await trio.sleep(AGAIN_S)
+            except (TypeError, ValueError) as error:
+                raise RemoteError(
+                    "bad_answer", f"{self._link.name} sent what are no checksums: {error}"
+                ) from error
+
+
+def _verify(files: tuple[File, ...], targets: dict[str, Target], checks: dict[str, str]) -> None:
     """On the disk, and what was sent."""
     for file in files:
         targets[file.name].sync()
-        if targets[file.name].xxh3 != file.xxh3:
+        if targets[file.name].xxh3 != checks.get(file.name):
             raise SnapshotError("snapshot_damaged", f"{file.name} is not what was sent")
 
 

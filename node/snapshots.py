@@ -1,7 +1,8 @@
 """Snapshots that this node's primaries give to replicas whose logs end before theirs begin. An actor (docs/replication.md).
 
   snapshot_open   [shard, [epoch, sequence] that it must reach] → [id, epoch of the primary, [epoch, sequence] that it holds
-                    everything up to, [[file, bytes, xxh3 in hex]…]]
+                    everything up to, [[file, bytes]…]]
+  snapshot_checks [id] → [[file, xxh3 in hex]…], when all have been read
   snapshot_close  [id] → nil
 
 In between its files are read (node/bulk.py). The log is kept from a snapshot's position while it is open, so that whoever takes
@@ -43,13 +44,13 @@ Handler = Callable[[str, Any], Awaitable[Any]]
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """files: name → (bytes, xxh3)."""
+    """files: name → bytes; empty while it is being made."""
 
     id: str
     peer: str
     replica: Replica
     directory: Path
-    files: dict[str, tuple[int, str]]
+    files: dict[str, int]
     touched: float
     reading: int = 0
 
@@ -63,6 +64,7 @@ class Snapshots:
         """directory: for the files of open snapshots, on the replicas' file system; what is in it is removed by `run`."""
         self._shards, self._directory, self._expire_s = shards, directory, expire_s
         self._making: Runner = ThreadRunner("snapshots", limit=AT_ONCE)
+        self._checking: Runner = ThreadRunner("snapshot-checks", limit=AT_ONCE)
         self._sending = ThreadRunner("snapshot-sends", limit=2 * AT_ONCE)
         self._open: dict[str, _Open] = {}
         self._begun = 0
@@ -70,7 +72,11 @@ class Snapshots:
 
     def handlers(self) -> dict[str, Handler]:
         """By op; they raise NodeError."""
-        return {"snapshot_open": self.open, "snapshot_close": self.close}
+        return {
+            "snapshot_open": self.open,
+            "snapshot_checks": self.checks,
+            "snapshot_close": self.close,
+        }
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         for one in list(self._open.values()):
@@ -115,15 +121,10 @@ class Snapshots:
         self._open[id_] = one
         try:
             _check_reach(pinned.state.position, wanted)
-            checks = await self._making(_checksums, directory, pinned.files)
-        except BaseException as error:
-            gone = id_ not in self._open
+        except BaseException:
             await self._drop(one)
-            if gone and isinstance(error, DamagedError):
-                # Its files went because they were asked for anew, not because they are harmed.
-                raise NodeError("snapshot_gone", "this snapshot was asked for again meanwhile") from error
             raise
-        one.files = {name: (size, checks[name]) for name, size in pinned.files.items()}
+        one.files = pinned.files
         one.reading, one.touched = 0, trio.current_time()
         self.counters["opened"] += 1
         position = pinned.state.position
@@ -131,7 +132,26 @@ class Snapshots:
             "snapshot made", shard=actor.shard, asker=peer, position=tuple(position),
             bytes=sum(pinned.files.values()), seconds=round(trio.current_time() - began, 3),
         )  # fmt: skip
-        return [id_, epoch, position, [[name, *described] for name, described in one.files.items()]]
+        return [id_, epoch, position, [list(file) for file in one.files.items()]]
+
+    async def checks(self, peer: str, body: Any) -> list[tuple[str, str]]:
+        (id_,) = body
+        one = self._open.get(id_)
+        if one is None or one.peer != peer:
+            raise _gone()
+        one.reading += 1
+        try:
+            return await self._checking(_checksums, one.directory, one.files)
+        except DamagedError as error:
+            if id_ not in self._open:
+                # Its files went because they were asked for anew, not because they are harmed.
+                raise _gone() from error
+            if (actor := self._shards.get(one.replica.shard)) is not None:
+                actor.harm(error)
+            raise NodeError(error.code, str(error), RETRY_MS) from error
+        finally:
+            one.reading -= 1
+            one.touched = trio.current_time()
 
     async def give(self, stream: trio.abc.Stream) -> None:
         """A connection for files (node/bulk.py), until it ends. Raises ProtocolError, trio.BrokenResourceError."""
@@ -142,8 +162,8 @@ class Snapshots:
         """The file of a piece of an open snapshot. Raises NodeError."""
         one = self._open.get(piece.snapshot)
         if one is None:
-            raise NodeError("snapshot_gone", "this snapshot is not open (any more); ask for another")
-        if piece.file not in one.files or piece.offset + piece.bytes > one.files[piece.file][0]:
+            raise _gone()
+        if piece.file not in one.files or piece.offset + piece.bytes > one.files[piece.file]:
             raise NodeError("bad_request", f"the snapshot has no such part of a file {piece.file!r}")
         one.touched = trio.current_time()
         one.reading += 1
@@ -178,8 +198,12 @@ def _check_reach(position: Version, wanted: Version) -> None:
         )
 
 
-def _checksums(directory: Path, files: Mapping[str, int]) -> dict[str, str]:
+def _gone() -> NodeError:
+    return NodeError("snapshot_gone", "this snapshot is not open (any more); ask for another")
+
+
+def _checksums(directory: Path, files: Mapping[str, int]) -> list[tuple[str, str]]:
     try:
-        return {name: checksum(directory / name, size) for name, size in files.items()}
+        return [(name, checksum(directory / name, size)) for name, size in files.items()]
     except OSError as error:
         raise DamagedError(directory, None, f"it cannot be read ({error.strerror})") from error

@@ -6,8 +6,8 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from node import snapshots as module
 from node.blocking import InlineRunner, ThreadRunner
 from node.bulk import Piece
 from node.election import Role
-from node.fetching import Fetcher, SnapshotError, Throttle, Transfer, fetch, opened
+from node.fetching import Fetcher, SnapshotError, fetch, opened
 from node.peerlink import PeerLink, RemoteError
 from node.placement import Placement
 from node.remote import coded
 from node.replication import Progress
 from node.shard import Reign, ShardActor
 from node.snapshots import Snapshots
+from node.transfer import Throttle, Transfer
 from router.ports import NodeError
 from storage.batch import Batch
 from storage.config import StorageConfig
@@ -221,14 +222,42 @@ async def test_a_broken_connection_goes_on_where_it_was_and_a_lost_snapshot_star
 
 
 @on_trio
-async def test_a_harmed_byte_is_found_and_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_byte_that_is_harmed_on_the_way_is_found_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        pair(tmp_path) as (follower, _, snapshots, link),
+        opened(link, 0, Version(0, 0)) as snapshot,
+    ):
+        real = snapshots.reading
+
+        @contextmanager
+        def harmed(piece: Piece) -> Iterator[Path]:
+            with real(piece) as path:
+                data = bytearray(path.read_bytes())
+                if piece.file == "table/data.mdb":
+                    data[5_000] ^= 1
+                sent = tmp_path / "harmed"
+                sent.write_bytes(data)
+                yield sent
+
+        monkeypatch.setattr(snapshots, "reading", harmed)
+        with pytest.raises(SnapshotError, match=r"data\.mdb"):
+            await Fetcher().catch_up(follower, snapshot, link, Transfer())
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["shard-000"]
+        assert follower.replica.position == Version(0, 0)
+
+
+@on_trio
+async def test_what_is_harmed_where_it_comes_from_does_not_open_here(tmp_path: Path) -> None:
+    """Its checksum is that of the harmed file: what finds it is what every opening verifies."""
     async with pair(tmp_path) as (follower, _, _, link), opened(link, 0, Version(0, 0)) as snapshot:
         (directory,) = (tmp_path / "b" / "snapshots").iterdir()
-        data = directory / "table" / "data.mdb"
-        harmed = bytearray(data.read_bytes())
-        harmed[5_000] ^= 1
-        data.write_bytes(harmed)
-        with pytest.raises(SnapshotError, match=r"data\.mdb"):
+        (rows,) = directory.glob("items-*.f16")
+        harmed = bytearray(rows.read_bytes())
+        harmed[4_096 + 100] ^= 1
+        rows.write_bytes(harmed)
+        with pytest.raises(SnapshotError, match="did not open"):
             await Fetcher().catch_up(follower, snapshot, link, Transfer())
         assert [path.name for path in (tmp_path / "a").iterdir()] == ["shard-000"]
         assert follower.replica.position == Version(0, 0)
@@ -266,7 +295,7 @@ async def test_one_that_is_asked_for_again_while_it_is_made_harms_nobody(
     begun, on = threading.Event(), threading.Event()
     real = module._checksums
 
-    def slow(directory: Path, files: Mapping[str, int]) -> dict[str, str]:
+    def slow(directory: Path, files: Mapping[str, int]) -> list[tuple[str, str]]:
         if not begun.is_set():
             begun.set()
             on.wait(10)
@@ -275,14 +304,15 @@ async def test_one_that_is_asked_for_again_while_it_is_made_harms_nobody(
     monkeypatch.setattr(module, "_checksums", slow)
     codes: list[str] = []
     async with pair(tmp_path) as (_, primary, snapshots, _):
+        first = await snapshots.open("a", [0, (0, 0)])
 
-        async def first() -> None:
+        async def read_it() -> None:
             with pytest.raises(NodeError) as caught:
-                await snapshots.open("a", [0, (0, 0)])
+                await snapshots.checks("a", [first[0]])
             codes.append(caught.value.code)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(first)
+            nursery.start_soon(read_it)
             with trio.fail_after(5):
                 while not begun.is_set():
                     await trio.sleep(0.01)
@@ -291,6 +321,17 @@ async def test_one_that_is_asked_for_again_while_it_is_made_harms_nobody(
         assert codes == ["snapshot_gone"]
         assert primary.harmed == ""
         read(snapshots, again[0])
+        checks = dict(await snapshots.checks("a", [again[0]]))
+        assert set(checks) == {name for name, _ in again[3]}
+        with pytest.raises(NodeError, match="ask for another"):
+            await snapshots.checks("c", [again[0]])
+        # A file that cannot be read is damage.
+        (directory,) = (tmp_path / "b" / "snapshots").iterdir()
+        (directory / "table" / "data.mdb").unlink()
+        with pytest.raises(NodeError) as caught:
+            await snapshots.checks("a", [again[0]])
+        assert caught.value.code == "damaged"
+        assert primary.harmed
 
 
 @on_trio
