@@ -38,6 +38,8 @@ AT_ONCE = 2
 RETRY_MS = 500
 EXPIRE_S = 60.0
 LOOK_S = 1.0
+# Between two epochs of one primary.
+OPENING_S = 0.5
 
 Handler = Callable[[str, Any], Awaitable[Any]]
 
@@ -94,6 +96,8 @@ class Snapshots:
     async def open(self, peer: str, body: Any) -> Any:
         shard, (epoch, sequence) = body
         actor = self._shards.get(shard)
+        if actor is not None:
+            await self._leading(actor)
         if actor is None or actor.reign is None:
             raise NodeError("no_primary", f"shard {shard} is not led by this node")
         for one in [one for one in self._open.values() if (one.peer, one.replica.shard) == (peer, shard)]:
@@ -111,6 +115,12 @@ class Snapshots:
             raise NodeError(error.code, str(error), RETRY_MS) from error
         finally:
             self._begun -= 1
+
+    async def _leading(self, actor: ShardActor) -> None:
+        """One that learns asks for a snapshot just while the epoch is opened that names it: a moment later it may have it."""
+        with trio.move_on_after(OPENING_S):
+            while actor.reign is None and actor.primary == "":
+                await actor.changed()
 
     async def _make(self, peer: str, actor: ShardActor, epoch: int, wanted: Version) -> Any:
         began = trio.current_time()

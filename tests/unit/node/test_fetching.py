@@ -335,6 +335,32 @@ async def test_one_that_is_asked_for_again_while_it_is_made_harms_nobody(
 
 
 @on_trio
+async def test_one_that_is_just_opening_its_next_epoch_is_waited_for_and_one_that_lost_it_is_not(
+    tmp_path: Path,
+) -> None:
+    async with pair(tmp_path) as (_, primary, snapshots, _):
+        reign, primary.reign = primary.reign, None
+        with pytest.raises(NodeError) as caught:
+            await snapshots.open("a", [0, (0, 0)])
+        assert caught.value.code == "no_primary"
+
+        async def lead() -> None:
+            await trio.sleep(0.05)
+            primary.reign = reign
+            primary._tell()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lead)
+            assert await snapshots.open("a", [0, (0, 0)])
+        primary.reign = None
+        primary.hear_of(9, "c")
+        began = trio.current_time()
+        with pytest.raises(NodeError):
+            await snapshots.open("a", [0, (0, 0)])
+        assert trio.current_time() - began < module.OPENING_S
+
+
+@on_trio
 async def test_the_log_is_kept_from_where_an_open_snapshot_ends(tmp_path: Path) -> None:
     async with pair(tmp_path) as (_, primary, snapshots, _):
         told = await snapshots.open("a", [0, (0, 0)])
