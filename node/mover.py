@@ -37,8 +37,9 @@ log = structlog.get_logger(__name__)
 EVERY_S = 0.5
 # While a shard that we lead is on its way. Most of its steps follow from news, which wake us.
 MOVING_EVERY_S = 0.1
-# However much news there is.
+# However much news there is, of one shard and of all.
 REST_S = 0.01
+LOOK_REST_S = 0.05
 # Replicas are opened one after the other there; and what was asked may be asked again.
 CALL_S = 10.0
 AGAIN_S = 1.0
@@ -76,7 +77,7 @@ class Mover:
         self._bringing: dict[int, str] = {}
         # By shard: when tombstones are looked at again.
         self._purge_at: dict[int, float] = {}
-        self._look_at = 0.0
+        self._look_at = self._looked_at = 0.0
         self._changed: set[int] = set()
         # By shard: until when the epoch of its changed placement is expected.
         self._opening: dict[int, float] = {}
@@ -94,6 +95,7 @@ class Mover:
             while True:
                 everything = trio.current_time() >= self._look_at
                 if everything:
+                    self._looked_at = trio.current_time()
                     await self._look()
                     self._look_at = trio.current_time() + (MOVING_EVERY_S if self.stages else EVERY_S)
                 changed, self._changed = self._changed, set()
@@ -148,7 +150,7 @@ class Mover:
 
     def wake(self) -> None:
         """The layout has changed, or who is there: every shard is looked at."""
-        self._look_at = 0.0
+        self._look_at = min(self._look_at, self._looked_at + LOOK_REST_S)
         self._woken.set()
 
     def hear(self, event: Event) -> None:
@@ -163,7 +165,7 @@ class Mover:
     async def _news(self) -> None:
         """Returns when there is something to look at: woken, a replica on its way has moved, or it is time anyway."""
         self._woken = trio.Event()
-        if self._look_at and not self._changed:
+        if trio.current_time() < self._look_at and not self._changed:
             with trio.move_on_at(self._look_at):
                 async with trio.open_nursery() as nursery:
                     for actor in self._holdings.actors.values():
