@@ -110,7 +110,9 @@ class Mover:
         """What is to be done for that shard now, by a task of its own: who does not answer holds up nobody else's."""
         shard, now = actor.shard, trio.current_time()
         if not actor.leads:
-            self._forget(shard)
+            # Not while it only changes from one epoch of ours to the next.
+            if now >= self._opening.get(shard, 0.0):
+                self._forget(shard)
             return
         if shard in self._busy:
             return
@@ -191,6 +193,7 @@ class Mover:
         self._fit.see(shard, False, 0.0)
         self._placed.pop(shard, None)
         self._purge_at.pop(shard, None)
+        self._opening.pop(shard, None)
 
     def _say(self, shard: int, stage: str) -> None:
         if self.stages.get(shard, "") != stage:
