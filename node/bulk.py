@@ -74,11 +74,14 @@ async def give(stream: trio.abc.Stream, find: Find, runner: ThreadRunner) -> Non
     """Answers what is asked on a connection whose magic has been read, until it ends. Raises ProtocolError,
     trio.BrokenResourceError."""
     assert isinstance(stream, trio.SocketStream)
-    fd = os.dup(stream.socket.fileno())
+    fd = -1
     try:
         while (piece := await _receive_request(stream)) is not None:
             try:
                 with find(piece) as path:
+                    if fd < 0:
+                        # A thread's own; not for strangers, whose connections are as many as files are reserved for.
+                        fd = os.dup(stream.socket.fileno())
                     await runner(_send, fd, path, piece)
             except NodeError as error:
                 await stream.send_all(_frame([error.code, str(error)]))
@@ -87,7 +90,8 @@ async def give(stream: trio.abc.Stream, find: Find, runner: ThreadRunner) -> Non
                 log.info("bulk_ended", snapshot=piece.snapshot, file=piece.file, reason=str(error))
                 return
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 async def _receive_request(stream: trio.SocketStream) -> Piece | None:

@@ -304,8 +304,9 @@ class Daemon:
         is to hold them: what they have may be wanted."""
         holdings = self._parts.holdings
         assert holdings is not None
-        mine = {shard: placements[shard].voters for shard in founders.founds}
-        mine |= {shard: () for shard in holdings.on_disk() if shard not in mine}
+        there = holdings.on_disk()
+        mine = {shard: placements[shard].voters for shard in founders.may(there)}
+        mine |= {shard: () for shard in there if shard not in mine}
 
         async def open_one(shard: int, founders: Sequence[str]) -> None:
             await holdings.open(shard, founders)

@@ -39,6 +39,11 @@ class Founders:
         self._path, self._cluster = path, cluster
         self._lock = trio.Lock()
 
+    def may(self, there: Iterable[int]) -> frozenset[int]:
+        """What is to be opened as a founder. there: shards with a directory; one that was founded and has none was removed by
+        hand."""
+        return self.founds - (self.founded - frozenset(there))
+
     async def note(self, shards: Iterable[int]) -> None:
         """They have a primary. Durable when it returns. Raises OSError."""
         async with self._lock:

@@ -108,3 +108,8 @@ async def test_what_is_led_anywhere_is_noted_for_those_who_come_later(tmp_path: 
     again = founders.load(tmp_path / "founders", "c1")
     assert again.founded == {1, 3}
     assert again.founds == {0, 1, 2, 3}, "its own replicas are those that it began as a founder"
+
+
+def test_what_an_operator_has_removed_by_hand_is_not_founded_again(tmp_path: Path) -> None:
+    found = Founders(tmp_path / "founders", "c1", [0, 1, 2], [0, 1])
+    assert found.may([0]) == {0, 2}, "0 is here, 1 was and is not, 2 is still to be founded"
