@@ -127,6 +127,8 @@ def commit(
 ) -> None:
     """By majorities of the members before and after."""
     _print_layout(ask("commit", urls, timeout, hash=hash_), output)
+    if output is Output.TABLE:
+        show.err.print("replicas follow by themselves; how far they are: gmco shard moves", markup=False)
 
 
 @app.command("revert", help="Forget what is staged on the node.")

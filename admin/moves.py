@@ -6,6 +6,7 @@ An order is committed at once; the moves that follow go on whether anybody looks
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
@@ -85,6 +86,7 @@ def move(
         )
         return
     hint = f"stopped by Ctrl-C; the move goes on: `gmco shard moves` shows how far it is, `gmco shard cancel {shard}` ends it"
+    began = time.monotonic()
     _follow(
         given,
         timeout,
@@ -93,7 +95,8 @@ def move(
         [shard],
         hint,
     )
-    _say(done, output, f"shard {shard} is on {', '.join(done['wished'])}")
+    took = layouts.seconds(time.monotonic() - began)
+    _say(done, output, f"shard {shard} is on {', '.join(done['wished'])}, after {took}")
 
 
 @shard_app.command("cancel", help="Those who vote now stay; a replica on its way goes.")
@@ -115,7 +118,12 @@ def moves(urls: Nodes = DEFAULT_NODES, output: OutputOption = Output.TABLE, time
     show.out.print(moves_table(found["moves"]))
     if found["unknown"]:
         numbers = ", ".join(str(shard) for shard in found["unknown"])
-        show.err.print(f"nobody leads shards {numbers} now: their moves wait", style="yellow", markup=False)
+        show.err.print(
+            f"nobody leads shards {numbers} at this moment, so nobody tells of their moves: a step of a move takes an instant, "
+            "else see `gmco shards`",
+            style="yellow",
+            markup=False,
+        )
     if found["silent"]:
         show.err.print(f"not heard in time: {', '.join(found['silent'])}", style="yellow", markup=False)
 
@@ -249,6 +257,9 @@ class _Bars:
             disable=self._json or not show.err.is_terminal,
         )
         self._tasks: dict[tuple[Any, ...], TaskID] = {}
+        # Of each move: its name and its stage. The names outlive the bars: a move may be out of sight while its shard's
+        # primary changes.
+        self._names: dict[tuple[Any, ...], str] = {}
         self._stages: dict[tuple[Any, ...], str] = {}
 
     def __enter__(self) -> _Bars:
@@ -261,29 +272,34 @@ class _Bars:
 
     def show(self, found: list[dict[str, Any]]) -> None:
         """The moves that there are; those that have gone from it are over."""
-        there = {(one["shard"], one["source"], one["target"]): one for one in found}
+        # Once the new replica votes only the old one is told of: it is the same move.
+        there = {(one["shard"], one["source"] or one["target"]): one for one in found}
         for key, one in there.items():
+            if one["target"] is not None or key not in self._names:
+                self._names[key] = _name(one)
             self._update(key, one)
             if self._stages.get(key) != one["stage"]:
                 self._stages[key] = one["stage"]
-                self._line(one)
+                self._line(key, one)
         for key in self._tasks.keys() - there.keys():
             self._progress.remove_task(self._tasks.pop(key))
 
     def _update(self, key: tuple[Any, ...], one: dict[str, Any]) -> None:
         if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(_name(one), total=100.0, figures="")
+            self._tasks[key] = self._progress.add_task(self._names[key], total=100.0, figures="")
+        here = one["target"] is None
         self._progress.update(
             self._tasks[key],
-            completed=one["percent"] or 0.0,
+            description=self._names[key],
+            completed=100.0 if here else one["percent"] or 0.0,
             figures=f"{one['stage']} {figures(one)}".rstrip(),
         )
 
-    def _line(self, one: dict[str, Any]) -> None:
+    def _line(self, key: tuple[Any, ...], one: dict[str, Any]) -> None:
         if self._json:
             print(json.dumps(one, ensure_ascii=False), flush=True)
         elif self._progress.disable:
-            show.err.print(f"{_name(one)}: {one['stage']}", markup=False)
+            show.err.print(f"{self._names[key]}: {one['stage']}", markup=False)
 
 
 def figures(one: dict[str, Any]) -> str:
@@ -301,7 +317,9 @@ def figures(one: dict[str, Any]) -> str:
 
 
 def _name(one: dict[str, Any]) -> str:
-    return f"shard {one['shard']}: {one['source'] or '–'} → {one['target'] or '–'}"
+    if one["target"] is None:
+        return f"shard {one['shard']}: {one['source']} lets go of it"
+    return f"shard {one['shard']}: {one['source'] or '(one more)'} → {one['target']}"
 
 
 # -- printing ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import trio
 
 from gossip.effects import Event
 from node import facts, forming, inforce, joining, layoutfile, notify, promises
+from node.arrivals import Arrivals
 from node.blocking import DedicatedThread, ThreadRunner
 from node.changefeed import ChangeFeed
 from node.config import Address, Config
@@ -21,6 +22,7 @@ from node.duty import open_duty
 from node.facts import Health
 from node.failover import Failover
 from node.fetching import Fetcher
+from node.founders import Founders, Noting
 from node.health import HealthWatch, Watched
 from node.history import History
 from node.holdings import Holdings
@@ -121,6 +123,7 @@ class Daemon:
             limits=self._peer_limits(),
             known=members,
             gossip=agent.serve_stream,
+            bulk=self._give,
         )
         listener.closed = f"{self._name} is still starting"
         layout = await self._layout_on_disk(directory)
@@ -210,6 +213,11 @@ class Daemon:
             "Was a data directory copied? Each node needs its own"
         )
 
+    async def _give(self, stream: trio.abc.Stream) -> None:
+        """A connection for files of snapshots."""
+        if self._parts.snapshots is not None:
+            await self._parts.snapshots.give(stream)
+
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _keyrings(self) -> Keyrings:
@@ -258,8 +266,10 @@ class Daemon:
         parts.layout = layout
         parts.guard = forming.LayoutGuard(parts.members, layout)
         cluster = self._config.cluster.id
-        placements = await inforce.find(directory.path, cluster, layout, parts.members, parts.links, say)
-        await self._take_part(directory, layout, placements)
+        placements, founders = await inforce.find(
+            directory.path, cluster, layout, parts.members, parts.links, say
+        )
+        await self._take_part(directory, layout, placements, founders)
         parts.state = "recovering shards"
         notifier.status(parts.state)
         thread = await stack.enter_async_context(DedicatedThread("promises"))
@@ -269,14 +279,14 @@ class Daemon:
         parts.promises = kept
         parts.holdings = Holdings(
             self._config, directory.path, directory.identity.node_id, kept, parts.supervisor, parts.links,
-            lambda shard: self._others_vote(placements, shard),
+            lambda shard: self._others_vote(placements, shard), founders.leave,
         )  # fmt: skip
         parts.feed = ChangeFeed(
             self._name, directory.identity.boots, parts.links, parts.holdings.actors, len(placements)
         )
         parts.holdings.applied = parts.feed.applied
-        await self._open_shards(placements, notifier)
-        await self._start(placements, stack)
+        await self._open_shards(placements, founders, notifier)
+        await self._start(placements, founders, stack)
 
     def _others_vote(self, placements: InForce, shard: int) -> bool:
         """Whether others can stand in for our replica of that shard: somebody else leads it, or it is kept by several."""
@@ -286,7 +296,9 @@ class Daemon:
         several = layout is not None and layout.replication > 1 and len(layout.members) > 1
         return several and shard in placements and len(placements[shard].voters) > 1
 
-    async def _take_part(self, directory: DataDirectory, layout: Layout, placements: InForce) -> None:
+    async def _take_part(
+        self, directory: DataDirectory, layout: Layout, placements: InForce, founders: Founders
+    ) -> None:
         """From here on this node has a part in what follows the layout. Raises StorageError, OSError."""
         parts = self._parts
         register = await open_register(
@@ -297,7 +309,7 @@ class Daemon:
         self._layouts.register = register
         self._handlers["register"] = register.handle_peer
         self._handlers["sizes"] = self._layouts.handle_sizes
-        self._handlers["placements"] = lambda peer, body: placements.pack()
+        self._handlers["placements"] = lambda peer, body: [placements.pack(), sorted(founders.founded)]
         await parts.supervisor.start(register, name="register")
 
     def _say_ready(self, notifier: notify.Notifier) -> None:
@@ -313,27 +325,24 @@ class Daemon:
         )
         notifier.ready(f"serving {len(parts.shards)} shards")
 
-    async def _open_shards(self, placements: InForce, notifier: notify.Notifier) -> None:
+    async def _open_shards(self, placements: InForce, founders: Founders, notifier: notify.Notifier) -> None:
         """Recovery, a few shards at a time; nothing is served before all are done. Those that lie here are opened, too, whoever
         is to hold them: what they have may be wanted."""
         holdings = self._parts.holdings
         assert holdings is not None
-        mine = {
-            one.shard: one.voters
-            for one in placements.values()
-            if self._name in one.voters and not holdings.removed(one.shard)
-        }
-        mine |= {shard: () for shard in holdings.on_disk() if shard not in mine}
+        there = holdings.on_disk()
+        mine = {shard: placements[shard].voters for shard in founders.may(there)}
+        mine |= {shard: () for shard in there if shard not in mine}
 
         async def open_one(shard: int, founders: Sequence[str]) -> None:
             await holdings.open(shard, founders)
             notifier.extend_timeout(SHARD_S, f"recovered {len(holdings.actors)} of {len(mine)} shards")
 
         async with trio.open_nursery() as nursery:
-            for shard, founders in mine.items():
-                nursery.start_soon(open_one, shard, founders)
+            for shard, voters in mine.items():
+                nursery.start_soon(open_one, shard, voters)
 
-    async def _start(self, placements: InForce, stack: AsyncExitStack) -> None:
+    async def _start(self, placements: InForce, founders: Founders, stack: AsyncExitStack) -> None:
         """Everything that serves, in the order in which one needs the other."""
         parts, config = self._parts, self._config
         supervisor, links, holdings = parts.supervisor, parts.links, parts.holdings
@@ -355,7 +364,7 @@ class Daemon:
         publisher = Publisher(parts.agent, shards, holdings.replicators, lane, lane_thread.statistics)
         holdings.changed = publisher.tell_shards
         failover = parts.failover = Failover(
-            self._name, shards, parts.promises, links, on_change=publisher.tell_shards
+            self._name, shards, parts.promises, links, on_change=lambda: self._lead(publisher)
         )
         looking = ThreadRunner("repair")
         repairer = parts.repairer = Repairer(self._name, shards, links, config.repair, looking)
@@ -377,10 +386,13 @@ class Daemon:
         mover = parts.mover = Mover(
             holdings, failover, parts.members, links, lambda: parts.layout, duty, config.cluster
         )
+        parts.members.watch.append(mover.hear)
+        assert self._layouts.register is not None
+        self._layouts.register.watch.append(lambda _layout: mover.wake())
         orders = parts.orders = Orders(
             parts.members, links, self._layouts, duty, failover, holdings, self._operations.shards
         )
-        self._handlers |= mover.handlers() | orders.handlers()
+        self._handlers |= Arrivals(self._name, holdings, failover).handlers() | orders.handlers()
         await supervisor.start(mover, name="mover")
         parts.offering = Offering(shards, links, ThreadRunner("tails"))
         await supervisor.start(parts.offering, name="offering")
@@ -399,6 +411,9 @@ class Daemon:
         await supervisor.start(parts.health, name="health")
         await supervisor.start(publisher, name="publisher")
         publisher.tell_shards()
+        # What was told before we listened.
+        self._hear_of_primaries(None, failover)
+        await supervisor.start(Noting(founders, parts.members, shards), name="founders")
 
     async def _start_caches(self, coordinator: Coordinator, shard_count: int, stack: AsyncExitStack) -> None:
         parts, config = self._parts, self._config.cache
@@ -421,13 +436,19 @@ class Daemon:
         self._handlers["changes"] = parts.feed.handle_peer
         await parts.supervisor.start(parts.feed, name="changes")
 
-    def _hear_of_primaries(self, event: Event, failover: Failover) -> None:
-        """Who leads, for those who were away when it was told."""
-        if event.kind == "fact" and event.key not in (facts.PRIMARIES, facts.NODE):
+    def _lead(self, publisher: Publisher) -> None:
+        """A shard more, or one less."""
+        publisher.tell_shards()
+        if self._parts.mover is not None:
+            self._parts.mover.wake()
+
+    def _hear_of_primaries(self, event: Event | None, failover: Failover) -> None:
+        """Who leads, for those who were away when it was told. event: None: whatever anybody has told."""
+        if event is not None and event.kind == "fact" and event.key not in (facts.PRIMARIES, facts.NODE):
             return
         for known in self._parts.members.others():
             # Not before it has said its name: by that it is reached.
-            if known.id == event.id and known.alive and known.fact is not None:
+            if (event is None or known.id == event.id) and known.alive and known.fact is not None:
                 for shard, epoch in known.led.items():
                     actor = self._parts.shards.get(shard)
                     if actor is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple
 import structlog
 import trio
 
-from node.blocking import Runner, ThreadRunner
+from node.blocking import ThreadRunner
+from node.bulk import PIECE_BYTES_MAX, Piece, RefusedError, Target, asking
 from node.fork import EpochStarts, shared_end
 from node.peerlink import (
+    Call,
     PeerError,
     PeerGoneError,
     PeerLink,
@@ -25,25 +28,25 @@ from node.peerlink import (
     RemoteError,
 )
 from node.shard import ShardActor
+from node.transfer import Throttle, Transfer
 from storage.crash_points import reached
 from storage.errors import DamagedError, StorageError
 from storage.installing import Installing
 from storage.records import Version
 from storage.replica import Replica
-from storage.snapshot import become_replica, checksum
+from storage.snapshot import become_replica
 from storage.table import TableState
 from storage.vectors import disk_error
 
 log = structlog.get_logger(__name__)
 
+# Of one request when there is a rate to keep; as large as may be, when there is none.
 CHUNK_BYTES = 1 << 20
-# On a short way one would do as well; but other messages to this node wait behind what is under way.
 IN_FLIGHT = 2
-# The primary makes a checkpoint and reads everything once before it answers.
+# The primary makes a checkpoint before it answers; and reads everything once for the checksums.
 OPEN_S = 300.0
-READ_S = 15.0
 CLOSE_S = 1.0
-# A link that is down is waited for as long as the primary keeps an idle snapshot.
+# A giver that cannot be reached is waited for as long as the primary keeps an idle snapshot.
 AWAY_S = 60.0
 AGAIN_S = 0.1
 
@@ -59,7 +62,6 @@ class SnapshotError(Exception):
 class File(NamedTuple):
     name: str
     bytes: int
-    xxh3: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,64 +78,10 @@ class Snapshot:
         return sum(file.bytes for file in self.files)
 
 
-@dataclass(slots=True)
-class Transfer:
-    """How far a fetch is, for whoever looks."""
-
-    total_bytes: int = 0
-    done_bytes: int = 0
-    began: float = 0.0
-    ended: float = 0.0
-
-    def begin(self, total_bytes: int) -> None:
-        self.total_bytes, self.done_bytes = total_bytes, 0
-        self.began, self.ended = trio.current_time(), 0.0
-
-    @property
-    def bytes_per_s(self) -> float:
-        seconds = (self.ended or trio.current_time()) - self.began
-        return self.done_bytes / seconds if self.began and seconds > 0 else 0.0
-
-    def figures(self) -> dict[str, int] | None:
-        """None before the first."""
-        if not self.total_bytes:
-            return None
-        return {
-            "bytes": self.done_bytes,
-            "total_bytes": self.total_bytes,
-            "bytes_per_s": round(self.bytes_per_s),
-        }
-
-    def __str__(self) -> str:
-        if not self.total_bytes:
-            return "asking for a snapshot"
-        if self.done_bytes >= self.total_bytes:
-            return "installing snapshot"
-        done = 100 * self.done_bytes // self.total_bytes
-        size, rate = self.total_bytes / 1e6, self.bytes_per_s / 1e6
-        return f"fetching snapshot {done}% of {size:.1f} MB, {rate:.1f} MB/s"
-
-
-class Throttle:
-    """Bytes per second for all who share it; 0: no bound."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._free_at = 0.0
-
-    async def take(self, size: int) -> None:
-        """Returns when `size` more bytes may go."""
-        if not self._bytes_per_s:
-            return
-        at = max(self._free_at, trio.current_time())
-        self._free_at = at + size / self._bytes_per_s
-        await trio.sleep_until(at)
-
-
 def read_snapshot(body: Any) -> Snapshot:
     """The answer to `snapshot_open`. Raises TypeError, ValueError."""
     id_, epoch, (at, sequence), files = body
-    found = tuple(File(str(name), int(size), str(check)) for name, size, check in files)
+    found = tuple(File(str(name), int(size)) for name, size in files)
     for file in found:
         path = PurePosixPath(file.name)
         if path.is_absolute() or not path.parts or ".." in path.parts or file.bytes < 0:
@@ -166,100 +114,128 @@ async def fetch(
     link: PeerLink,
     directory: Path,
     *,
-    throttle: Throttle,
+    throttle: Callable[[], Throttle],
     transfer: Transfer,
-    runner: Runner,
+    runner: ThreadRunner,
     wanted: Callable[[], bool],
 ) -> None:
-    """Its files in `directory`, which is made, verified and on the disk. A broken link goes on where it was.
+    """Its files in `directory`, which is made, verified and on the disk. A broken connection goes on where it was.
 
-    wanted: whether to go on, asked before each chunk. Raises PeerError, SnapshotError, DiskFullError, ReplicaStoppedError.
+    throttle: that of the moment. wanted: whether to go on, asked before each piece.
+
+    Raises PeerError, SnapshotError, DiskFullError, ReplicaStoppedError.
     """
     transfer.begin(snapshot.bytes)
+    # Made while the bytes come.
+    checks = _Checks(link, snapshot)
     with ExitStack() as stack:
-        fds = await runner(_make_files, directory, snapshot.files, stack)
-        chunks = _chunks(snapshot.files)
-        failed: list[Exception] = []
-        async with trio.open_nursery() as nursery:
-
-            async def work() -> None:
-                try:
-                    for file, offset, size in chunks:
-                        await throttle.take(size)
-                        data = await _read(link, snapshot.id, file.name, offset, size, wanted)
-                        await runner(_write, fds[file.name], data, offset, directory)
-                        transfer.done_bytes += size
-                except (PeerError, SnapshotError, StorageError) as error:
-                    failed.append(error)
-                    nursery.cancel_scope.cancel()
-
-            for _ in range(IN_FLIGHT):
-                nursery.start_soon(work)
-        if failed:
-            raise failed[0]
+        targets = await runner(_make_files, directory, snapshot.files, stack)
+        until = trio.current_time() + AWAY_S
+        while transfer.done_bytes < snapshot.bytes:
+            before = transfer.done_bytes
+            try:
+                await _fetch_on(snapshot, link, targets, throttle, transfer, runner, wanted)
+            except OSError as error:
+                transfer.done_bytes = sum(target.done for target in targets.values())
+                if transfer.done_bytes > before:
+                    until = trio.current_time() + AWAY_S
+                elif trio.current_time() >= until:
+                    raise PeerGoneError(link.name, str(error), sent=True) from error
+                await trio.sleep(AGAIN_S)
+        await runner(_verify, snapshot.files, targets, await checks.get())
         transfer.ended = trio.current_time()
-        await runner(_verify, directory, snapshot.files, fds)
 
 
-def _chunks(files: tuple[File, ...]) -> Iterator[tuple[File, int, int]]:
-    for file in files:
-        for offset in range(0, file.bytes, CHUNK_BYTES):
-            yield file, offset, min(CHUNK_BYTES, file.bytes - offset)
+async def _fetch_on(
+    snapshot: Snapshot,
+    link: PeerLink,
+    targets: dict[str, Target],
+    throttle: Callable[[], Throttle],
+    transfer: Transfer,
+    runner: ThreadRunner,
+    wanted: Callable[[], bool],
+) -> None:
+    """From where the targets are. Raises OSError when the connection breaks, and as `fetch`."""
+    if link.address is None:
+        raise ConnectionError("its address is not known yet")
+    pieces = iter(list(_pieces(snapshot, targets, CHUNK_BYTES if throttle().bounded else PIECE_BYTES_MAX)))
+    asked: deque[Piece] = deque()
+    async with asking(link.address) as asker:
+        while True:
+            # One ahead, so that the giver never waits for us.
+            while len(asked) < IN_FLIGHT and (piece := next(pieces, None)) is not None:
+                if not wanted():
+                    raise SnapshotError("overtaken", "its epoch is not followed any more")
+                await throttle().take(piece.bytes)
+                await asker.ask(piece)
+                asked.append(piece)
+            if not asked:
+                return
+            piece = asked.popleft()
+            try:
+                await asker.take(targets[piece.file], piece.bytes, runner)
+            except RefusedError as error:
+                raise RemoteError(error.code, error.message) from error
+            transfer.done_bytes += piece.bytes
 
 
-async def _read(
-    link: PeerLink, id_: str, name: str, offset: int, size: int, wanted: Callable[[], bool]
-) -> bytes:
-    until = trio.current_time() + AWAY_S
-    while True:
-        if not wanted():
-            raise SnapshotError("overtaken", "its epoch is not followed any more")
-        try:
-            data = await link.call("snapshot_read", [id_, name, offset, size], READ_S)
-        except (PeerGoneError, PeerTimeoutError, PeerOverloadedError):
-            if trio.current_time() >= until:
-                raise
-        else:
-            if type(data) is not bytes or len(data) != size:
-                raise SnapshotError(
-                    "bad_answer", f"{link.name} sent another part of {name} than was asked for"
-                )
-            return data
-        await trio.sleep(AGAIN_S)
+def _pieces(snapshot: Snapshot, targets: dict[str, Target], most: int) -> Iterator[Piece]:
+    for file in snapshot.files:
+        for offset in range(targets[file.name].done, file.bytes, most):
+            yield Piece(snapshot.id, file.name, offset, min(most, file.bytes - offset))
 
 
-def _make_files(directory: Path, files: tuple[File, ...], stack: ExitStack) -> dict[str, int]:
-    fds: dict[str, int] = {}
+def _make_files(directory: Path, files: tuple[File, ...], stack: ExitStack) -> dict[str, Target]:
+    targets: dict[str, Target] = {}
     try:
         for file in files:
             path = directory / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            fds[file.name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-            stack.callback(os.close, fds[file.name])
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+            stack.callback(os.close, fd)
+            targets[file.name] = Target(path, fd)
             if file.bytes:
-                os.posix_fallocate(fds[file.name], 0, file.bytes)
+                os.posix_fallocate(fd, 0, file.bytes)
     except OSError as error:
         raise disk_error(error, directory) from error
-    return fds
+    return targets
 
 
-def _write(fd: int, data: bytes, offset: int, directory: Path) -> None:
-    try:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(fd, memoryview(data)[done:], offset + done)
-    except OSError as error:
-        raise disk_error(error, directory) from error
+class _Checks:
+    """The giver's checksums of all files. Asked for at once; whoever wants to know waits."""
+
+    def __init__(self, link: PeerLink, snapshot: Snapshot) -> None:
+        self._link, self._snapshot = link, snapshot
+        self._call: Call | None = None
+        with suppress(PeerError):
+            self._call = self._begin()
+
+    def _begin(self) -> Call:
+        return self._link.begin("snapshot_checks", [self._snapshot.id], OPEN_S)
+
+    async def get(self) -> dict[str, str]:
+        """By file name. Raises PeerError."""
+        until = trio.current_time() + AWAY_S
+        while True:
+            try:
+                call, self._call = self._call or self._begin(), None
+                return {str(name): str(check) for name, check in await call.wait()}
+            except (PeerGoneError, PeerTimeoutError, PeerOverloadedError):
+                if trio.current_time() >= until:
+                    raise
+                await trio.sleep(AGAIN_S)
+            except (TypeError, ValueError) as error:
+                raise RemoteError(
+                    "bad_answer", f"{self._link.name} sent what are no checksums: {error}"
+                ) from error
 
 
-def _verify(directory: Path, files: tuple[File, ...], fds: dict[str, int]) -> None:
-    try:
-        for file in files:
-            os.fdatasync(fds[file.name])
-            if checksum(directory / file.name, file.bytes) != file.xxh3:
-                raise SnapshotError("snapshot_damaged", f"{file.name} is not what was sent")
-    except OSError as error:
-        raise disk_error(error, directory) from error
+def _verify(files: tuple[File, ...], targets: dict[str, Target], checks: dict[str, str]) -> None:
+    """On the disk, and what was sent."""
+    for file in files:
+        targets[file.name].sync()
+        if targets[file.name].xxh3 != checks.get(file.name):
+            raise SnapshotError("snapshot_damaged", f"{file.name} is not what was sent")
 
 
 async def _nothing() -> None:
@@ -275,16 +251,21 @@ class Fetcher:
         # By shard: of moves that were given a rate of their own.
         self._own: dict[int, Throttle] = {}
         self._settle = settle
-        self._runner: Runner = ThreadRunner("fetch", limit=4)
-        self.counters = {"fetches": 0, "fetched_bytes": 0, "installed": 0}
+        self._runner = ThreadRunner("fetch", limit=4)
+        self.counters = {"fetches": 0, "fetched_bytes": 0, "fetch_ms": 0, "installed": 0}
 
     def pace(self, shard: int, bytes_per_s: float | None) -> None:
         """That shard's snapshots are fetched at this rate of their own, 0: unthrottled; None: as the others, which share one.
         Kept until the replica votes or is removed, or this process ends."""
-        if bytes_per_s is None:
-            self._own.pop(shard, None)
-        else:
+        before = self._own.pop(shard, None)
+        if bytes_per_s is not None:
             self._own[shard] = Throttle(bytes_per_s)
+        if before is not None:
+            before.end()
+
+    def throttle(self, shard: int) -> Throttle:
+        """Which one counts for that shard now."""
+        return self._own.get(shard, self._throttle)
 
     async def catch_up(
         self, actor: ShardActor, snapshot: Snapshot, link: PeerLink, transfer: Transfer
@@ -319,10 +300,11 @@ class Fetcher:
         await self._runner(installing.clear)
         await fetch(
             snapshot, link, installing.fetch,
-            throttle=self._own.get(actor.shard, self._throttle), transfer=transfer, runner=self._runner,
+            throttle=partial(self.throttle, actor.shard), transfer=transfer, runner=self._runner,
             wanted=lambda: actor.election.takes(snapshot.epoch),
         )  # fmt: skip
         self.counters["fetched_bytes"] += snapshot.bytes
+        self.counters["fetch_ms"] += round(1_000 * (transfer.ended - transfer.began))
         state = await self._runner(_prepare, installing.fetch, actor.replica)
         if state.position != snapshot.position:
             raise SnapshotError("snapshot_damaged", "it does not end where it was said to end")

@@ -18,6 +18,8 @@ from typing import Any
 import msgpack
 
 MAGIC = b"GMCOpeer"
+# Of a connection for the files of snapshots (node/bulk.py).
+BULK_MAGIC = b"GMCObulk"
 # 2: a pull names the last record by its checksum, and answers say how old they may be.
 # 3: an asker takes a read back, and a search says how urgent it is and for whom.
 FORMAT_MIN = 3

@@ -26,6 +26,7 @@ from node.promises import Promises
 from node.replicator import Replicator
 from node.shard import ShardActor
 from node.supervisor import Supervisor
+from storage import quarantine
 from storage.anew import begin_anew, damaged_paths
 from storage.attempts import ENDED_MAX, Attempts
 from storage.config import StorageConfig
@@ -44,6 +45,10 @@ def _nobody(_shard: int) -> bool:
     return False
 
 
+async def _nothing(_shard: int) -> None:
+    await trio.lowlevel.checkpoint()
+
+
 class Holdings:
     """`actors` and `replicators`, by shard, are read by everybody else here; only this object changes them."""
 
@@ -56,8 +61,10 @@ class Holdings:
         supervisor: Supervisor,
         links: Links,
         others: Callable[[int], bool] = _nobody,
+        leave: Callable[[int], Awaitable[None]] = _nothing,
     ) -> None:
-        """others: whether that shard has other voters than this node's, who can stand in for a replica that is damaged."""
+        """others: whether that shard has other voters than this node's, who can stand in for a replica that is damaged. leave:
+        sees to it that this node does not found that shard again; called before its replica is brought, begun anew or removed."""
         self.actors: dict[int, ShardActor] = {}
         self.replicators: dict[int, Replicator] = {}
         # Called when the set of replicas has changed.
@@ -71,14 +78,15 @@ class Holdings:
         self._config, self._directory, self._node_id = config, directory, node_id
         self._promises, self._supervisor, self._links = promises, supervisor, links
         self._threads: dict[int, DedicatedThread] = {}
+        # What a crash left of one that was being removed.
+        for left in directory.glob("removed-*"):
+            shutil.rmtree(left, ignore_errors=True)
         # One by one after a process has ended while it opened some: then it is known which.
         troubled = any(directory.glob("shard-*.opening"))
         self._limit = trio.CapacityLimiter(1 if troubled else OPENING_AT_ONCE)
         self._maintenance = ThreadRunner("maintenance")
         self._lock = trio.Lock()
-        self._others = others
-        # shard → its founders, for when it is opened again.
-        self._founders: dict[int, Sequence[str]] = {}
+        self._others, self._leave = others, leave
         self.counters = {"rebuilt": 0}
 
     def path(self, shard: int) -> Path:
@@ -91,12 +99,14 @@ class Holdings:
         names = {name.removesuffix(".new").removesuffix(".old").partition(".damaged-")[0] for name in found}
         return sorted(int(name) for name in names if name.isdigit())
 
-    def removed(self, shard: int) -> bool:
-        """Whether a replica of that shard was here and was removed, and none has been brought since: then it is no founder."""
-        return self._gone(shard).exists() and not self.path(shard).exists()
+    @property
+    def _quarantine(self) -> Path:
+        return self._directory / "quarantine"
 
-    def _gone(self, shard: int) -> Path:
-        return self._directory / f"removed-{shard:03}"
+    def quarantined(self) -> list[Path]:
+        """Files of records that were put aside and wait for a person: of replicas that went, and of those that are here."""
+        here = [actor.replica.quarantine_path for _, actor in sorted(self.actors.items())]
+        return [*sorted(self._quarantine.glob("shard-*")), *(path for path in here if path.exists())]
 
     def watched(self) -> list[Watched]:
         return [
@@ -106,17 +116,18 @@ class Holdings:
 
     async def open(self, shard: int, founders: Sequence[str]) -> ShardActor:
         """Recovers what is on the disk, or begins anew; not started yet. What is damaged is moved aside when other voters can
-        stand in for it, and a new replica begun. Raises StorageError, OSError."""
-        self._founders[shard] = founders
+        stand in for it, and a new replica begun, which founds nothing. Raises StorageError, OSError."""
         ended = Attempts(self.path(shard)).ended
         if ended >= ENDED_MAX and self._others(shard):
             await self._begin_anew(shard, f"{ended} processes in a row ended while they opened it")
+            founders = ()
         try:
             replica = await self._recover(shard)
         except DamagedError as error:
             if not self._others(shard):
                 raise
             await self._begin_anew(shard, str(error))
+            founders = ()
             replica = await self._recover(shard)
         thread = DedicatedThread(f"wal-{shard}")
         try:
@@ -151,6 +162,7 @@ class Holdings:
         begin = partial(
             begin_anew, self.path(shard), shard=shard, segment_bytes=self._config.storage.wal_segment_bytes
         )
+        await self._leave(shard)
         done = await trio.to_thread.run_sync(begin, limiter=self._limit)
         self.counters["rebuilt"] += 1
         log.error(
@@ -186,10 +198,8 @@ class Holdings:
             if shard not in self.actors:
                 # Whoever asks may go away meanwhile; half a replica would stay in the way of the next one.
                 with trio.CancelScope(shield=True):
+                    await self._leave(shard)
                     await self.open(shard, ())
-                    await trio.to_thread.run_sync(
-                        partial(shutil.rmtree, self._gone(shard), ignore_errors=True)
-                    )
                     await self.start(shard, failover)
                 self.changed()
             return self.actors[shard]
@@ -205,7 +215,8 @@ class Holdings:
             with trio.CancelScope(shield=True):
                 await self._stop(shard)
                 await self._begin_anew(shard, actor.harmed)
-                await self.open(shard, self._founders.get(shard, ()))
+                anew = await self.open(shard, ())
+                anew.hear_of(*actor.hint)
                 await self.start(shard, failover)
                 self.changed()
 
@@ -228,21 +239,23 @@ class Holdings:
             if shard in self.actors:
                 # As in `bring`.
                 with trio.CancelScope(shield=True):
+                    await self._leave(shard)
                     await self._stop(shard)
                     await trio.to_thread.run_sync(self._remove, shard)
                 log.info("replica removed", shard=shard)
 
     def _remove(self, shard: int) -> None:
-        # A name that is no shard's first: half of a directory must not be taken for a replica. The name stays, for `removed`.
-        path, gone = self.path(shard), self._gone(shard)
+        # A name that is no shard's first: half of a directory must not be taken for a replica.
+        path, gone = self.path(shard), self._directory / f"removed-{shard:03}"
         for left in (gone, *damaged_paths(path)):
             shutil.rmtree(left, ignore_errors=True)
         Installing(path).clear()
+        aside = quarantine.keep(path, self._quarantine, shard)
+        if aside is not None:
+            log.warning("quarantine kept", shard=shard, file=str(aside))
         path.rename(gone)
         fsync_directory(self._directory)
         shutil.rmtree(gone, ignore_errors=True)
-        gone.mkdir(exist_ok=True)
-        fsync_directory(self._directory)
 
     async def close(self, closed: Callable[[int], object]) -> None:
         """Everything on the disk; `closed` is called with each shard that is."""

@@ -1,6 +1,7 @@
 """The placements of version 1: who founds each shard, and who is believed to hold one of which nobody has told yet.
 
-In `data/placements`; a node that comes later asks the others. What is in force stands in each shard's log (node/placement.py).
+In `data/placements`; a node that comes later asks the others, also which of the shards have been founded (node/founders.py).
+What is in force stands in each shard's log (node/placement.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import structlog
 import trio
 
-from node import checked
+from node import checked, founders
+from node.founders import Founders
 from node.links import Links
 from node.members import Members
 from node.peerlink import PeerError
@@ -93,24 +95,31 @@ async def find(
     members: Members,
     links: Links,
     say: Callable[[str], None],
-) -> InForce:
+) -> tuple[InForce, Founders]:
     """From the disk, from a first layout, or from the others; on the disk when it returns. Raises StorageError, OSError."""
     path = directory / "placements"
     known = await trio.to_thread.run_sync(
         partial(load, path, cluster=cluster, shard_count=layout.shard_count)
     )
     if known is not None:
-        return known
+        return known, await trio.to_thread.run_sync(founders.load, directory / "founders", cluster)
+    founded: list[int] = []
     if layout.version == 1:
         known = InForce({one.shard: one for one in layout.placements()})
+        # Nobody can be asked: it may be that all of us are just beginning.
+        founded = [shard for shard in known if members.primary(shard)]
     while known is None:
         say("waiting for a node that tells who holds the shards")
-        known = await _ask(members, links, layout.shard_count)
+        known, founded = await _ask(members, links, layout.shard_count)
+    ours = [one.shard for one in known.values() if members.own.name in one.voters]
+    may = Founders(directory / "founders", cluster, set(ours) - set(founded), founded)
+    # Before the placements, by which a restart knows that it was written.
+    await trio.to_thread.run_sync(founders.save, may)
     await trio.to_thread.run_sync(partial(save, path, known, cluster=cluster))
-    return known
+    return known, may
 
 
-async def _ask(members: Members, links: Links, shard_count: int) -> InForce | None:
+async def _ask(members: Members, links: Links, shard_count: int) -> tuple[InForce | None, list[int]]:
     for known in members.others():
         if known.fact is None or not known.alive:
             continue
@@ -118,8 +127,9 @@ async def _ask(members: Members, links: Links, shard_count: int) -> InForce | No
         with trio.move_on_after(ASK_S):
             await link.wait_connected()
             try:
-                return unpack(await link.call("placements", None, ASK_S), shard_count)
+                placements, founded = await link.call("placements", None, ASK_S)
+                return unpack(placements, shard_count), founders.unpack(founded)
             except (PeerError, ValueError, TypeError) as error:
                 log.info("placements_not_told", peer=known.name, reason=str(error))
     await trio.sleep(ASK_S)
-    return None
+    return None, []

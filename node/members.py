@@ -192,9 +192,13 @@ class Members:
 
     def primary(self, shard: int) -> str:
         """Who says, in the greatest epoch, that it leads that shard; empty when nobody does."""
+        return self.reign(shard)[1]
+
+    def reign(self, shard: int) -> tuple[int, str]:
+        """That epoch, and who says it; 0 and empty when nobody does."""
         if self._old:
             self._read()
-        return self._led.get(shard, (0, ""))[1]
+        return self._led.get(shard, (0, ""))
 
     def _read(self) -> None:
         self._old = False

@@ -6,14 +6,15 @@ after a crash goes on. Shards that have lost a voter come before those that are 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import structlog
 import trio
 
-from node import move
+from gossip.effects import Event
+from node import facts, move
 from node.absences import Absences, Lasting
 from node.config import ClusterConfig
 from node.duty import Duty
@@ -34,13 +35,15 @@ from storage.errors import StorageError
 log = structlog.get_logger(__name__)
 
 EVERY_S = 0.5
-# While a shard that we lead is on its way.
+# While a shard that we lead is on its way. Most of its steps follow from news, which wake us.
 MOVING_EVERY_S = 0.1
-# The shards wait for each other here, and what was asked may be asked again.
+# However much news there is, of one shard and of all.
+REST_S = 0.01
+LOOK_REST_S = 0.05
+# Replicas are opened one after the other there; and what was asked may be asked again.
 CALL_S = 10.0
 AGAIN_S = 1.0
-# Replicas that may come to a node at the same time, and go from it.
-IN_MAX = 2
+# Replicas that may go from a node at the same time; two may come to one (node/arrivals.py).
 OUT_MAX = 2
 
 
@@ -69,33 +72,128 @@ class Mover:
         self._placed: dict[int, Placement] = {}
         # shard → node → replica id: brought by us, and in no placement yet.
         self._brought: dict[int, dict[str, int]] = {}
+        # Shards for which something is being carried out; whom each of them is asking for a replica.
+        self._busy: set[int] = set()
+        self._bringing: dict[int, str] = {}
+        # By shard: when tombstones are looked at again.
+        self._purge_at: dict[int, float] = {}
+        self._look_at = self._looked_at = 0.0
+        self._changed: set[int] = set()
+        # By shard: until when the epoch of its changed placement is expected.
+        self._opening: dict[int, float] = {}
+        self._woken = trio.Event()
         # shard → what is done or waited for, for people.
         self.stages: dict[int, str] = {}
         self.counters = {"brought": 0, "placed": 0, "handed_over": 0, "dismissed": 0, "failed": 0}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
-        task_status.started()
-        while True:
-            await self._look()
-            for actor in sorted(self._holdings.actors.values(), key=self._whole):
-                if not actor.leads:
-                    self._brought.pop(actor.shard, None)
-                    self.stages.pop(actor.shard, None)
-                    self._fit.see(actor.shard, False, 0.0)
-                    self._placed.pop(actor.shard, None)
-                    continue
-                self._tell_points(actor)
-                if trio.current_time() < self._again_at.get(actor.shard, 0.0):
-                    continue
-                try:
-                    await self._step(actor)
-                    await self._dismiss(actor)
-                    await actor.purge()
-                except (PeerError, NodeError, StorageError, KeyError, OSError) as error:
-                    self.counters["failed"] += 1
-                    self._again_at[actor.shard] = trio.current_time() + AGAIN_S
-                    self._say(actor.shard, f"failed, tried again: {error}")
-            await trio.sleep(MOVING_EVERY_S if self.stages else EVERY_S)
+        # After a crash: whoever carried something out is gone.
+        self._busy.clear()
+        self._bringing.clear()
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                everything = trio.current_time() >= self._look_at
+                if everything:
+                    self._looked_at = trio.current_time()
+                    await self._look()
+                    self._look_at = trio.current_time() + (MOVING_EVERY_S if self.stages else EVERY_S)
+                changed, self._changed = self._changed, set()
+                # Decided one after the other, in this order, and without a break: so the bounds hold. Carried out side by side.
+                for actor in sorted(self._holdings.actors.values(), key=self._whole):
+                    if everything or actor.shard in changed:
+                        self._look_after(actor, nursery)
+                await self._news()
+        raise AssertionError("unreachable")
+
+    def _look_after(self, actor: ShardActor, nursery: trio.Nursery) -> None:
+        """What is to be done for that shard now, by a task of its own: who does not answer holds up nobody else's."""
+        shard, now = actor.shard, trio.current_time()
+        if not actor.leads:
+            # Not while it only changes from one epoch of ours to the next.
+            if now >= self._opening.get(shard, 0.0):
+                self._forget(shard)
+            return
+        if shard in self._busy:
+            return
+        self._tell_points(actor)
+        if now < self._again_at.get(shard, 0.0):
+            return
+        step = self._decide(actor)
+        gone, purge = self._strays(actor), now >= self._purge_at.get(shard, 0.0)
+        if step is None and not gone and not purge:
+            return
+        self._busy.add(shard)
+        if isinstance(step, Bring):
+            self._bringing[shard] = step.name
+        nursery.start_soon(self._carry_out, actor, step, gone, purge)
+
+    async def _carry_out(
+        self, actor: ShardActor, step: Bring | HandOver | None, gone: Sequence[str], purge: bool
+    ) -> None:
+        try:
+            if isinstance(step, Bring):
+                await self._bring(actor, step.name)
+            elif isinstance(step, HandOver):
+                await self._failover.hand_over(actor, step.to)
+                self.counters["handed_over"] += 1
+            await self._dismiss(actor, gone)
+            if purge:
+                self._purge_at[actor.shard] = trio.current_time() + EVERY_S
+                await actor.purge()
+        except (PeerError, NodeError, StorageError, KeyError, OSError) as error:
+            self.counters["failed"] += 1
+            self._again_at[actor.shard] = trio.current_time() + AGAIN_S
+            self._say(actor.shard, f"failed, tried again: {error}")
+        finally:
+            self._busy.discard(actor.shard)
+            self._bringing.pop(actor.shard, None)
+            self._wake_for(actor.shard)
+
+    def wake(self) -> None:
+        """The layout has changed, or who is there: every shard is looked at."""
+        self._look_at = min(self._look_at, self._looked_at + LOOK_REST_S)
+        self._woken.set()
+
+    def hear(self, event: Event) -> None:
+        """Of gossip."""
+        if event.kind != "fact" or event.key in (facts.SHARDS, facts.DUTY):
+            self.wake()
+
+    def _wake_for(self, shard: int) -> None:
+        self._changed.add(shard)
+        self._woken.set()
+
+    async def _news(self) -> None:
+        """Returns when there is something to look at: woken, a replica on its way has moved, or it is time anyway."""
+        self._woken = trio.Event()
+        if trio.current_time() < self._look_at and not self._changed:
+            with trio.move_on_at(self._look_at):
+                async with trio.open_nursery() as nursery:
+                    for actor in self._holdings.actors.values():
+                        if self._expects_news(actor):
+                            nursery.start_soon(self._wake_when_changed, actor)
+                    await self._woken.wait()
+                    nursery.cancel_scope.cancel()
+        await trio.sleep(REST_S)
+
+    def _expects_news(self, actor: ShardActor) -> bool:
+        if trio.current_time() < self._opening.get(actor.shard, 0.0):
+            return True
+        return actor.leads and (bool(actor.placement.learners) or not actor.settled)
+
+    async def _wake_when_changed(self, actor: ShardActor) -> None:
+        await actor.changed()
+        self._wake_for(actor.shard)
+
+    def _forget(self, shard: int) -> None:
+        """Of a shard that we lead no more."""
+        self._brought.pop(shard, None)
+        self.stages.pop(shard, None)
+        self._fit.see(shard, False, 0.0)
+        self._placed.pop(shard, None)
+        self._purge_at.pop(shard, None)
+        self._opening.pop(shard, None)
 
     def _say(self, shard: int, stage: str) -> None:
         if self.stages.get(shard, "") != stage:
@@ -122,6 +220,11 @@ class Mover:
         for shard, actor in self._holdings.actors.items():
             if self._members.own.name in actor.placement.names:
                 self._holdings.fetcher.pace(shard, None)
+            if not actor.primary and not actor.placement.names:
+                # Its log is empty: it knows no voter whom it could ask, and what gossip told once it may have come to doubt.
+                epoch, primary = self._members.reign(shard)
+                if primary:
+                    self._failover.hear(actor, epoch, primary)
 
     def _whole(self, actor: ShardActor) -> bool:
         return all(self._alive(name) for name in actor.placement.names)
@@ -159,7 +262,9 @@ class Mover:
     def _others(self, actor: ShardActor) -> int:
         """Replicas of the other shards that we lead on their way: they take what they lack from us."""
         return sum(
-            len(one.placement.learners) + len(self._brought.get(one.shard, ()))
+            len(one.placement.learners)
+            + len(self._brought.get(one.shard, ()))
+            + (one.shard in self._bringing)
             for one in self._holdings.actors.values()
             if one.leads and one is not actor
         )
@@ -178,7 +283,8 @@ class Mover:
         )
         return self._fit.see(actor.shard, fit, trio.current_time()) >= self._config.prefer_first_s
 
-    async def _step(self, actor: ShardActor) -> None:
+    def _decide(self, actor: ShardActor) -> Bring | HandOver | None:
+        """The next step, when it is one that takes time; what takes none is done."""
         target = self.target(actor)
         brought = self._brought.get(actor.shard, {})
         for name in set(brought).difference(target).union(set(brought).intersection(actor.placement.holders)):
@@ -198,21 +304,21 @@ class Mover:
             self.stages.pop(actor.shard, None)
         elif isinstance(step, Wait):
             self._say(actor.shard, step.why)
-        elif isinstance(step, Bring):
-            if self._others(actor) >= OUT_MAX:
-                self._say(actor.shard, "waits for other moves from this node")
-                return
-            self._say(actor.shard, f"asks {step.name} for a replica")
-            await self._bring(actor, step.name)
         elif isinstance(step, Place):
             if self._failover.change(actor, step.placement):
                 self.counters["placed"] += 1
+                self._opening[actor.shard] = trio.current_time() + AGAIN_S
                 self._say(actor.shard, step.why)
                 self._brought.pop(actor.shard, None)
         elif isinstance(step, HandOver):
             self._say(actor.shard, f"hands over to {step.to}")
-            await self._failover.hand_over(actor, step.to)
-            self.counters["handed_over"] += 1
+            return step
+        elif self._others(actor) >= OUT_MAX:
+            self._say(actor.shard, "waits for other moves from this node")
+        else:
+            self._say(actor.shard, f"asks {step.name} for a replica")
+            return step
+        return None
 
     async def _bring(self, actor: ShardActor, name: str) -> None:
         epoch, primary = actor.hint
@@ -224,61 +330,25 @@ class Mover:
         self._brought.setdefault(actor.shard, {})[name] = replica
         reached("move.after_bring")
 
-    async def _dismiss(self, actor: ShardActor) -> None:
-        """Who holds this shard and is in no placement any more may remove it, once that placement is on a quorum."""
-        reign = actor.reign
-        if reign is None or not actor.settled:
-            return
+    def _strays(self, actor: ShardActor) -> list[str]:
+        """Who holds this shard and is in no placement any more: they may remove it, once that placement is on a quorum."""
+        if not actor.settled:
+            return []
         layout = self._layout()
-        kept = set(actor.placement.holders) | set(self._brought.get(actor.shard, ()))
+        kept = {self._members.own.name, *actor.placement.holders, *self._brought.get(actor.shard, ())}
         if layout is not None and actor.shard < layout.shard_count:
             # It is to come back, once it has lasted.
             kept |= set(layout.wished()[actor.shard])
-        for name in self._members.holders(actor.shard):
-            if name != self._members.own.name and name not in kept:
-                link = await self._links.add(name)
-                # The epoch that was settled, whatever has become of it while we waited.
-                if await link.call("dismiss", [actor.shard, reign.epoch], CALL_S):
-                    self.counters["dismissed"] += 1
-                    self._say(actor.shard, f"{name} has removed its replica")
+        return [name for name in self._members.holders(actor.shard) if name not in kept]
 
-    # -- what other primaries ask of us ---------------------------------------------------------------------------
-
-    def handlers(self) -> dict[str, Callable[[str, Any], Awaitable[Any]]]:
-        """By op."""
-        return {"bring": self.on_bring, "dismiss": self.on_dismiss}
-
-    async def on_bring(self, peer: str, body: Any) -> int:
-        """The peer op `bring`: [shard, epoch, primary] → the id of the replica that is here now. Raises RemoteError."""
-        shard, epoch, primary = body
-        held = self._holdings
-        coming = [actor for number, actor in held.actors.items() if number != shard and self._comes(actor)]
-        if shard not in held.actors and len(coming) >= IN_MAX:
-            raise RemoteError("busy", f"{len(coming)} other replicas are coming to this node; later")
-        try:
-            actor = await held.bring(int(shard), self._failover)
-        except StorageError as error:
-            raise RemoteError(error.code, str(error)) from error
-        actor.hear_of(int(epoch), str(primary))
-        return actor.replica.replica_id
-
-    def _comes(self, actor: ShardActor) -> bool:
-        name = self._members.own.name
-        learns = actor.placement.learners and name in dict(actor.placement.learners)
-        return bool(learns) or (name not in actor.placement.names)
-
-    async def on_dismiss(self, peer: str, body: Any) -> bool:
-        """The peer op `dismiss`: [shard, epoch]: the primary of that epoch does not count on our replica. Whether it is gone; not
-        while it may hold what somebody was told is written, and nobody else has (`tail-kept`)."""
-        shard, epoch = body
-        actor = self._holdings.actors.get(shard)
-        if actor is None:
-            return True
-        replica = actor.replica
-        # What our log has that the primary's lacks is known, and put aside to be offered, once it ends in that primary's epoch.
-        follows = replica.position.epoch == epoch or not replica.position.sequence
-        if actor.leads or not follows or replica.side_files():
-            return False
-        log.info("dismissed", shard=shard, by=peer, epoch=epoch)
-        await self._holdings.drop(shard)
-        return True
+    async def _dismiss(self, actor: ShardActor, names: Sequence[str]) -> None:
+        for name in names:
+            # Looked at again: what was so before the step, and while we waited for another, may be so no more.
+            reign = actor.reign
+            if reign is None or name not in self._strays(actor):
+                continue
+            link = await self._links.add(name)
+            # The epoch that was settled, whatever has become of it while we waited.
+            if await link.call("dismiss", [actor.shard, reign.epoch], CALL_S):
+                self.counters["dismissed"] += 1
+                self._say(actor.shard, f"{name} has removed its replica")

@@ -28,34 +28,61 @@ EVERY_S = 0.25
 # What one message, and one group commit of the primary, takes.
 CHUNK_BYTES = 1 << 20
 CALL_S = 10.0
+# Shards of which tails are offered to one primary at a time: each holds a chunk in memory.
+AT_ONCE = 2
 
 # (kind, id, version) of a record that the primary has put aside.
 Aside = tuple[Kind, int, Version]
 
 
 class Offering:
-    """Goes round the replicas of `shards`, which may be filled later."""
+    """Looks after the replicas of `shards`, which may be filled later: of each one file after the other; those of different
+    primaries side by side, so that one that is silent holds up its own only."""
 
     def __init__(self, shards: Mapping[int, ShardActor], links: Links, runner: Runner) -> None:
         self._shards, self._links, self._runner = shards, links, runner
+        # Shards of which something is being offered now, and to whom.
+        self._under_way: dict[int, str] = {}
+        # By shard: when it had its turn last.
+        self._tried: dict[int, float] = {}
         self.counters = {"offered": 0, "set_aside": 0, "files_done": 0}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
-        task_status.started()
-        while True:
-            for actor in list(self._shards.values()):
-                for file in actor.replica.side_files():
-                    try:
-                        await self._offer(actor, file)
-                    except (PeerError, NodeError, OverloadedError, StorageError, KeyError) as error:
-                        log.info("tail not taken yet", shard=actor.shard, file=file.name, reason=str(error))
-                        break
-            await trio.sleep(EVERY_S)
+        # After a crash: whoever was offering is gone.
+        self._under_way.clear()
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                # Whoever has waited longest comes first.
+                for shard in self._in_turn():
+                    actor = self._shards[shard]
+                    to, busy = actor.primary, list(self._under_way.values())
+                    if to and not actor.diverged and busy.count(to) < AT_ONCE and actor.replica.side_files():
+                        self._under_way[shard] = to
+                        nursery.start_soon(self._offer_all, actor, to)
+                await trio.sleep(EVERY_S)
+        raise AssertionError("unreachable")
 
-    async def _offer(self, actor: ShardActor, file: SideFile) -> None:
-        primary = actor.primary
-        if not primary or actor.diverged:
-            return
+    def _in_turn(self) -> list[int]:
+        """Those of which nothing is being offered; who has waited longest comes first."""
+        self._tried = {shard: at for shard, at in self._tried.items() if shard in self._shards}
+        waiting = [shard for shard in self._shards if shard not in self._under_way]
+        return sorted(waiting, key=lambda shard: self._tried.get(shard, 0.0))
+
+    async def _offer_all(self, actor: ShardActor, primary: str) -> None:
+        """Until one is not taken."""
+        self._tried[actor.shard] = trio.current_time()
+        try:
+            for file in actor.replica.side_files():
+                try:
+                    await self._offer(actor, file, primary)
+                except (PeerError, NodeError, OverloadedError, StorageError, KeyError) as error:
+                    log.info("tail not taken yet", shard=actor.shard, file=file.name, reason=str(error))
+                    break
+        finally:
+            del self._under_way[actor.shard]
+
+    async def _offer(self, actor: ShardActor, file: SideFile, primary: str) -> None:
         offset, dropped = 0, False
         while True:
             blobs, offset = await self._runner(file.read, offset, CHUNK_BYTES)

@@ -19,10 +19,20 @@ import msgpack
 import trio
 
 from gossip.agent import MAGIC as GOSSIP_MAGIC
-from node.frames import HEADER, HEARTBEAT, HELLO_BYTES_MAX, MAGIC, FrameParser, ProtocolError, unpack_message
+from node.frames import (
+    BULK_MAGIC,
+    HEADER,
+    HEARTBEAT,
+    HELLO_BYTES_MAX,
+    MAGIC,
+    FrameParser,
+    ProtocolError,
+    unpack_message,
+)
 
 # One listener serves both, and tells them apart by their first bytes.
-assert len(MAGIC) == len(GOSSIP_MAGIC)
+MAGICS = (MAGIC, GOSSIP_MAGIC, BULK_MAGIC)
+assert {len(magic) for magic in MAGICS} == {len(MAGIC)}
 
 RECEIVE_BYTES = 64 << 10
 # While a big frame arrives, larger reads save wake-ups.
@@ -115,12 +125,12 @@ class Connection:
         await self._stream.send_all(MAGIC)
 
     async def receive_magic(self) -> bytes:
-        """MAGIC or GOSSIP_MAGIC. Raises ProtocolError when the first bytes are neither."""
+        """One of MAGICS. Raises ProtocolError when the first bytes are none of them."""
         seen = b""
         while len(seen) < len(MAGIC):
             chunk = await self._stream.receive_some(len(MAGIC) - len(seen))
             seen += bytes(chunk)
-            if not chunk or not any(magic.startswith(seen) for magic in (MAGIC, GOSSIP_MAGIC)):
+            if not chunk or not any(magic.startswith(seen) for magic in MAGICS):
                 raise ProtocolError(f"not a peer: the connection begins with {seen[:8]!r}")
         return seen
 

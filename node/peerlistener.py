@@ -23,6 +23,7 @@ import trio
 from gossip.agent import MAGIC as GOSSIP_MAGIC
 from node.config import Address
 from node.frames import (
+    BULK_MAGIC,
     CANCEL,
     ERROR,
     MAGIC,
@@ -90,13 +91,14 @@ class PeerListener:
         limits: PeerLimits | None = None,
         known: Container[str] | None = None,
         gossip: Callable[[trio.abc.Stream], Awaitable[None]] | None = None,
+        bulk: Callable[[trio.abc.Stream], Awaitable[None]] | None = None,
     ) -> None:
-        """`known`: names of peers that may connect; None lets in every node of the cluster. `gossip`: takes connections
-        that begin with its magic, which has been read."""
+        """`known`: names of peers that may connect; None lets in every node of the cluster. `gossip`, `bulk`: take connections
+        that begin with their magic, which has been read."""
         self.handlers = handlers
         # Why no peer is let in yet; gossip is served from the start.
         self.closed = ""
-        self._gossip = gossip
+        self._gossip, self._bulk = gossip, bulk
         self._hello, self._listen, self._known = hello, listen, known
         self._limits = limits or PeerLimits()
         self._listeners: list[trio.SocketListener] = []
@@ -151,6 +153,8 @@ class PeerListener:
                 await self._serve_peer(conn, peer)
             elif magic == GOSSIP_MAGIC and self._gossip is not None:
                 await self._gossip(stream)
+            elif magic == BULK_MAGIC and self._bulk is not None:
+                await self._bulk(stream)
         except ProtocolError as error:
             self._protocol_errors += 1
             # Whoever sends rubbish must not fill the disk with our complaints: the counter has them all.

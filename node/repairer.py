@@ -14,12 +14,12 @@ from node import repairwire
 from node.blocking import Runner
 from node.commit import OverloadedError
 from node.config import RepairConfig
-from node.fetching import Throttle
 from node.links import Links
 from node.mending import CHUNK, LISTING_MAX, Drop, changed
 from node.peerlink import PeerError, RemoteError
 from node.repair import Steps, decide
 from node.shard import ShardActor
+from node.transfer import Throttle
 from router.ports import NodeError
 from storage.buckets import Digests, Seen, differing, encoded
 from storage.errors import DamagedError, StorageError

@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from node import replication
-from node.fetching import Fetcher, SnapshotError, Transfer, opened
+from node.fetching import Fetcher, SnapshotError, opened
 from node.links import Links
 from node.peerlink import (
     PeerError,
@@ -24,6 +24,7 @@ from node.peerlink import (
 )
 from node.pulls import Answer, Forked, NotPrimary, Pull, Streamed, read_answer
 from node.shard import ShardActor
+from node.transfer import Transfer
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
 from storage.records import EMPTY, Fingerprint, RecordError, split
 

@@ -112,7 +112,11 @@ def own_status(parts: Parts) -> dict[str, Any]:
 def whole_status(parts: Parts) -> dict[str, Any]:
     """And its cluster, as it sees it."""
     config, layout = parts.config, parts.layout
-    problems = [*parts.members.problems(), *([parts.guard.problem] if parts.guard else [])]
+    problems = [
+        *parts.members.problems(),
+        *([parts.guard.problem] if parts.guard else []),
+        *_put_aside(parts),
+    ]
     return {
         **own_status(parts),
         "http": _http_url(parts),
@@ -135,6 +139,14 @@ def _http_url(parts: Parts) -> str:
     if parts.http is None:
         return ""
     return listen.http_url or f"http://{Address(listen.host, parts.http.port)}"
+
+
+def _put_aside(parts: Parts) -> list[str]:
+    files = parts.holdings.quarantined() if parts.holdings is not None else []
+    return [
+        f"quarantine: {path} holds records that were put aside; look at them, then move it away"
+        for path in files
+    ]
 
 
 def members_status(parts: Parts) -> list[dict[str, Any]]:

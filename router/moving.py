@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from router.layout import Layout, Member
 from router.placing import host_of, ring_key
@@ -84,7 +85,7 @@ def stand_ins(
     if not any(name in absent for name in wished):
         return wished
     members = {member.name: member for member in layout.members}
-    walk = Ring({member.name: member.capacity for member in layout.members}).walk(ring_key(shard))
+    walk = _ring(tuple((member.name, member.capacity) for member in layout.members)).walk(ring_key(shard))
     names = list(wished)
     for place, name in enumerate(wished):
         if name not in absent:
@@ -96,6 +97,12 @@ def stand_ins(
                 free, key=lambda one: (*_crowd(members[one], others), one not in holders, walk.index(one))
             )
     return tuple(names)
+
+
+@lru_cache(maxsize=2)
+def _ring(capacities: tuple[tuple[str, int], ...]) -> Ring:
+    """While somebody is gone it is asked for by every shard, again and again; another layout has another one."""
+    return Ring(dict(capacities))
 
 
 def _crowd(member: Member, others: Sequence[Member]) -> tuple[int, int, int]:

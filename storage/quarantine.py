@@ -6,14 +6,16 @@ the rest; then raw records. Reported, never applied; a person looks at them and 
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
 from storage.errors import DamagedError, ForeignDataError, FormatError, QuarantineFullError
-from storage.files import write_atomically
+from storage.files import fsync_directory, write_atomically
 from storage.records import Record, make, split
 from storage.vectors import disk_error
 
@@ -70,6 +72,25 @@ class Quarantine:
             write_atomically(self.path, header[:-8] + check + body)
         except OSError as error:
             raise disk_error(error, self.path) from error
+
+
+def keep(directory: Path, folder: Path, shard: int) -> Path | None:
+    """The quarantine of a replica that is about to be removed goes into `folder`, durably, under a name of its own; None when
+    there is none. A crash may leave it in both. Raises OSError."""
+    source = Quarantine(directory, shard).path
+    if not source.exists():
+        return None
+    folder.mkdir(exist_ok=True)
+    fsync_directory(folder.parent)
+    for number in count(1):
+        target = folder / f"shard-{shard:03}-{number}"
+        if not target.exists():
+            os.link(source, target)
+        elif target.stat().st_ino != source.stat().st_ino:
+            continue
+        fsync_directory(folder)
+        return target
+    raise AssertionError("unreachable")
 
 
 def _check(data: bytes) -> int:

@@ -236,7 +236,11 @@ class Table:
             self._drop_where(lambda kind_, rowset_: (kind_, rowset_) == (kind, rowset))
 
     def size_bytes(self) -> int:
-        return self.path.stat().st_size
+        """0 when it has another name: the replica's directory is just being replaced, or was removed."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def copy(self, directory: Path) -> None:
         """A compact, consistent, fsynced copy."""

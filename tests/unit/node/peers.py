@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, ParamSpec
 
@@ -72,11 +72,12 @@ async def linked(
     limits: PeerLimits | None = None,
     listener_limits: PeerLimits | None = None,
     connect: bool = True,
+    bulk: Callable[[trio.abc.Stream], Awaitable[None]] | None = None,
 ) -> AsyncIterator[tuple[PeerLink, PeerListener]]:
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             listener = PeerListener(
-                handlers, theirs or hello("b"), listen=ANY, limits=listener_limits or limits
+                handlers, theirs or hello("b"), listen=ANY, limits=listener_limits or limits, bulk=bulk
             )
             address = await nursery.start(listener.run)
             link = PeerLink(lambda: address, mine or hello("a"), limits=limits, jitter=random.Random(1))

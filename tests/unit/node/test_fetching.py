@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ import trio
 
 from node import snapshots as module
 from node.blocking import InlineRunner, ThreadRunner
+from node.bulk import Piece
 from node.election import Role
-from node.fetching import Fetcher, SnapshotError, Throttle, Transfer, fetch, opened
+from node.fetching import Fetcher, SnapshotError, fetch, opened
 from node.peerlink import PeerLink, RemoteError
 from node.placement import Placement
 from node.remote import coded
 from node.replication import Progress
 from node.shard import Reign, ShardActor
 from node.snapshots import Snapshots
+from node.transfer import Throttle, Transfer
 from router.ports import NodeError
 from storage.batch import Batch
 from storage.config import StorageConfig
@@ -80,7 +84,7 @@ async def pair(
     handlers = {op: coded(handler) for op, handler in snapshots.handlers().items()}
     async with trio.open_nursery() as nursery:
         await nursery.start(snapshots.run)
-        async with linked(handlers) as (link, _):
+        async with linked(handlers, bulk=lambda stream: snapshots.give(stream)) as (link, _):
             yield follower, primary, snapshots, link
         nursery.cancel_scope.cancel()
     follower.replica.abort()
@@ -90,6 +94,11 @@ async def pair(
 async def install(follower: ShardActor, link: PeerLink) -> None:
     async with opened(link, 0, follower.replica.position) as snapshot:
         await Fetcher().catch_up(follower, snapshot, link, Transfer())
+
+
+def read(snapshots: Snapshots, id_: str, name: str = "table/data.mdb", offset: int = 0) -> None:
+    with snapshots.reading(Piece(id_, name, offset, 10)) as path:
+        assert path.stat().st_size > 10
 
 
 def digest(actor: ShardActor) -> Any:
@@ -177,20 +186,32 @@ async def test_it_never_takes_the_place_of_one_that_leads_is_ahead_or_has_promis
 
 
 @on_trio
-async def test_a_broken_link_goes_on_where_it_was_and_a_lost_snapshot_starts_over(tmp_path: Path) -> None:
+async def test_a_broken_connection_goes_on_where_it_was_and_a_lost_snapshot_starts_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with pair(tmp_path, items=20_000) as (follower, primary, snapshots, link):
         transfer = Transfer()
+        streams: list[trio.SocketStream] = []
+        give = snapshots.give
+
+        async def giving(stream: trio.abc.Stream) -> None:
+            assert isinstance(stream, trio.SocketStream)
+            streams.append(stream)
+            await give(stream)
+
+        monkeypatch.setattr(snapshots, "give", giving)
 
         async def breaking() -> None:
             while transfer.done_bytes < 2 << 20:
                 await trio.sleep(0.001)
-            assert link._conn is not None
-            link._conn.close("the test breaks it")
+            # What the giver sends then is cut off within a piece.
+            for stream in streams:
+                stream.socket.shutdown(socket.SHUT_RDWR)
 
         async with opened(link, 0, Version(0, 0)) as snapshot, trio.open_nursery() as nursery:
             nursery.start_soon(breaking)
             await Fetcher(bytes_per_s=20e6).catch_up(follower, snapshot, link, transfer)
-        assert link.statistics().connects == 2
+        assert len(streams) == 2
         assert digest(follower) == digest(primary)
         # Each byte once, but for the chunks that were under way.
         assert snapshots.counters["read_bytes"] <= snapshot.bytes + (4 << 20)
@@ -202,14 +223,42 @@ async def test_a_broken_link_goes_on_where_it_was_and_a_lost_snapshot_starts_ove
 
 
 @on_trio
-async def test_a_harmed_byte_is_found_and_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_byte_that_is_harmed_on_the_way_is_found_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        pair(tmp_path) as (follower, _, snapshots, link),
+        opened(link, 0, Version(0, 0)) as snapshot,
+    ):
+        real = snapshots.reading
+
+        @contextmanager
+        def harmed(piece: Piece) -> Iterator[Path]:
+            with real(piece) as path:
+                data = bytearray(path.read_bytes())
+                if piece.file == "table/data.mdb":
+                    data[5_000] ^= 1
+                sent = tmp_path / "harmed"
+                sent.write_bytes(data)
+                yield sent
+
+        monkeypatch.setattr(snapshots, "reading", harmed)
+        with pytest.raises(SnapshotError, match=r"data\.mdb"):
+            await Fetcher().catch_up(follower, snapshot, link, Transfer())
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["shard-000"]
+        assert follower.replica.position == Version(0, 0)
+
+
+@on_trio
+async def test_what_is_harmed_where_it_comes_from_does_not_open_here(tmp_path: Path) -> None:
+    """Its checksum is that of the harmed file: what finds it is what every opening verifies."""
     async with pair(tmp_path) as (follower, _, _, link), opened(link, 0, Version(0, 0)) as snapshot:
         (directory,) = (tmp_path / "b" / "snapshots").iterdir()
-        data = directory / "table" / "data.mdb"
-        harmed = bytearray(data.read_bytes())
-        harmed[5_000] ^= 1
-        data.write_bytes(harmed)
-        with pytest.raises(SnapshotError, match=r"data\.mdb"):
+        (rows,) = directory.glob("items-*.f16")
+        harmed = bytearray(rows.read_bytes())
+        harmed[4_096 + 100] ^= 1
+        rows.write_bytes(harmed)
+        with pytest.raises(SnapshotError, match="did not open"):
             await Fetcher().catch_up(follower, snapshot, link, Transfer())
         assert [path.name for path in (tmp_path / "a").iterdir()] == ["shard-000"]
         assert follower.replica.position == Version(0, 0)
@@ -220,16 +269,17 @@ async def test_two_at_a_time_one_for_each_asker_and_none_that_nobody_reads(tmp_p
     async with pair(tmp_path) as (_, primary, snapshots, _):
         first = await snapshots.open("a", [0, (0, 0)])
         again = await snapshots.open("a", [0, (0, 0)])
-        with pytest.raises(Exception, match="ask for another"):
-            await snapshots.read("a", [first[0], "table/data.mdb", 0, 10])
+        with pytest.raises(NodeError, match="ask for another"):
+            read(snapshots, first[0])
         await snapshots.open("c", [0, (0, 0)])
         with pytest.raises(Exception, match="2 snapshots"):
             await snapshots.open("d", [0, (0, 0)])
-        with pytest.raises(Exception, match="ask for another"):
-            await snapshots.read("c", [again[0], "table/data.mdb", 0, 10])
+        read(snapshots, again[0])
         for bad in ("../shard-000/table/data.mdb", "/etc/passwd"):
-            with pytest.raises(Exception, match="no file"):
-                await snapshots.read("a", [again[0], bad, 0, 10])
+            with pytest.raises(NodeError, match="no such part"):
+                read(snapshots, again[0], bad)
+        with pytest.raises(NodeError, match="no such part"):
+            read(snapshots, again[0], offset=1 << 40)
         assert len(primary.replica.log_holds) == 2
         with trio.fail_after(5):
             while snapshots.counters["expired"] < 2:
@@ -246,7 +296,7 @@ async def test_one_that_is_asked_for_again_while_it_is_made_harms_nobody(
     begun, on = threading.Event(), threading.Event()
     real = module._checksums
 
-    def slow(directory: Path, files: Mapping[str, int]) -> dict[str, str]:
+    def slow(directory: Path, files: Mapping[str, int]) -> list[tuple[str, str]]:
         if not begun.is_set():
             begun.set()
             on.wait(10)
@@ -255,14 +305,15 @@ async def test_one_that_is_asked_for_again_while_it_is_made_harms_nobody(
     monkeypatch.setattr(module, "_checksums", slow)
     codes: list[str] = []
     async with pair(tmp_path) as (_, primary, snapshots, _):
+        first = await snapshots.open("a", [0, (0, 0)])
 
-        async def first() -> None:
+        async def read_it() -> None:
             with pytest.raises(NodeError) as caught:
-                await snapshots.open("a", [0, (0, 0)])
+                await snapshots.checks("a", [first[0]])
             codes.append(caught.value.code)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(first)
+            nursery.start_soon(read_it)
             with trio.fail_after(5):
                 while not begun.is_set():
                     await trio.sleep(0.01)
@@ -270,7 +321,44 @@ async def test_one_that_is_asked_for_again_while_it_is_made_harms_nobody(
             on.set()
         assert codes == ["snapshot_gone"]
         assert primary.harmed == ""
-        assert await snapshots.read("a", [again[0], "table/data.mdb", 0, 10])
+        read(snapshots, again[0])
+        checks = dict(await snapshots.checks("a", [again[0]]))
+        assert set(checks) == {name for name, _ in again[3]}
+        with pytest.raises(NodeError, match="ask for another"):
+            await snapshots.checks("c", [again[0]])
+        # A file that cannot be read is damage.
+        (directory,) = (tmp_path / "b" / "snapshots").iterdir()
+        (directory / "table" / "data.mdb").unlink()
+        with pytest.raises(NodeError) as caught:
+            await snapshots.checks("a", [again[0]])
+        assert caught.value.code == "damaged"
+        assert primary.harmed
+
+
+@on_trio
+async def test_one_that_is_just_opening_its_next_epoch_is_waited_for_and_one_that_lost_it_is_not(
+    tmp_path: Path,
+) -> None:
+    async with pair(tmp_path) as (_, primary, snapshots, _):
+        reign, primary.reign = primary.reign, None
+        with pytest.raises(NodeError) as caught:
+            await snapshots.open("a", [0, (0, 0)])
+        assert caught.value.code == "no_primary"
+
+        async def lead() -> None:
+            await trio.sleep(0.05)
+            primary.reign = reign
+            primary._tell()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lead)
+            assert await snapshots.open("a", [0, (0, 0)])
+        primary.reign = None
+        primary.hear_of(9, "c")
+        began = trio.current_time()
+        with pytest.raises(NodeError):
+            await snapshots.open("a", [0, (0, 0)])
+        assert trio.current_time() - began < module.OPENING_S
 
 
 @on_trio
@@ -293,16 +381,63 @@ async def test_the_log_is_kept_from_where_an_open_snapshot_ends(tmp_path: Path) 
 async def test_a_rate_is_kept(tmp_path: Path) -> None:
     async with pair(tmp_path, items=10_000) as (_, _, _, link), opened(link, 0, Version(0, 0)) as snapshot:
         transfer = Transfer()
-        rate = snapshot.bytes / 1.0
+        throttle = Throttle(snapshot.bytes / 1.0)
         began = trio.current_time()
         await fetch(
-            snapshot, link, tmp_path / "fetched", throttle=Throttle(rate), transfer=transfer,
+            snapshot, link, tmp_path / "fetched", throttle=lambda: throttle, transfer=transfer,
             runner=ThreadRunner("fetch"), wanted=lambda: True,
         )  # fmt: skip
         # The last chunk needs no wait behind it.
         assert trio.current_time() - began > 0.5
         assert transfer.done_bytes == transfer.total_bytes == snapshot.bytes
         assert str(transfer) == "installing snapshot"
+
+
+@on_trio
+async def test_the_fetches_of_a_node_share_its_rate_and_one_with_a_rate_of_its_own_does_not() -> None:
+    fetcher = Fetcher(bytes_per_s=1_000)
+    shared, same = fetcher.throttle(1), fetcher.throttle(2)
+    assert shared is same
+    fetcher.pace(3, 500)
+    fetcher.pace(4, 0)
+    own, free = fetcher.throttle(3), fetcher.throttle(4)
+    assert (shared.bounded, own.bounded, free.bounded) == (True, True, False)
+    with trio.fail_after(5):
+        began = trio.current_time()
+        for _ in range(5):
+            await free.take(1 << 30)
+        assert trio.current_time() - began < 0.5
+        # The first bytes go at once; whoever is next waits for all that went before, of whichever shard.
+        await shared.take(100)
+        await own.take(100)
+        assert trio.current_time() - began < 0.5
+        await same.take(1)
+        assert trio.current_time() - began >= 0.1
+        await own.take(1)
+        assert trio.current_time() - began >= 0.2
+    fetcher.pace(3, None)
+    assert fetcher.throttle(3) is shared
+    assert not Fetcher().throttle(9).bounded
+
+
+@on_trio
+async def test_a_rate_that_changes_counts_for_what_is_under_way(tmp_path: Path) -> None:
+    """`--rate` may be told while the shard is being fetched already, and is taken back when its move is cancelled."""
+    async with pair(tmp_path, items=10_000) as (_, _, _, link), opened(link, 0, Version(0, 0)) as snapshot:
+        transfer, fetcher = Transfer(), Fetcher()
+        fetcher.pace(0, 1_000)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(
+                    partial(
+                        fetch, snapshot, link, tmp_path / "fetched", throttle=lambda: fetcher.throttle(0),
+                        transfer=transfer, runner=ThreadRunner("fetch"), wanted=lambda: True,
+                    )
+                )  # fmt: skip
+                await trio.sleep(0.3)
+                assert transfer.done_bytes < snapshot.bytes
+                fetcher.pace(0, None)
+        assert transfer.done_bytes == snapshot.bytes
 
 
 @on_trio

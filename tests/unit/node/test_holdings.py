@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,14 +15,18 @@ import trio
 
 from node import promises
 from node.blocking import ThreadRunner
+from node.founders import Founders, load, save
 from node.holdings import Holdings
 from node.promises import Promises
 from node.shard import ShardActor
 from node.supervisor import Supervisor
+from storage.batch import Batch
 from storage.errors import DamagedError
-from storage.records import Version
+from storage.quarantine import Quarantine, keep
+from storage.records import Kind, Operation, Version
 from tests.unit.node.peers import on_trio
 from tests.unit.node.voters import CONFIG, change, leading, running
+from tests.unit.storage.replica_writer import vector
 
 
 @asynccontextmanager
@@ -80,7 +86,7 @@ async def test_a_replica_that_no_placement_names_yet_can_be_begun(tmp_path: Path
 
 
 @asynccontextmanager
-async def holding(path: Path) -> AsyncIterator[tuple[Holdings, Any]]:
+async def holding(path: Path, founders: Founders | None = None) -> AsyncIterator[tuple[Holdings, Any]]:
     config = SimpleNamespace(
         storage=CONFIG, node=SimpleNamespace(name="a"), limits=SimpleNamespace(write_queue=100)
     )
@@ -89,7 +95,8 @@ async def holding(path: Path) -> AsyncIterator[tuple[Holdings, Any]]:
         async with trio.open_nursery() as nursery:
             kept = Promises(path / "promises", {}, ThreadRunner("promises"))
             await nursery.start(kept.run)
-            holdings = Holdings(config, path, "a", kept, Supervisor(nursery), {})  # type: ignore[arg-type]
+            leave = founders or Founders(path / "founders", "c", [], [])
+            holdings = Holdings(config, path, "a", kept, Supervisor(nursery), {}, leave=leave.leave)  # type: ignore[arg-type]
             yield holdings, failover
             nursery.cancel_scope.cancel()
 
@@ -119,18 +126,77 @@ async def test_a_replica_is_brought_or_removed_as_a_whole_when_who_asked_is_gone
 
 
 @on_trio
-async def test_what_was_removed_is_not_begun_anew_at_the_next_start(tmp_path: Path) -> None:
-    """The founders of a shard whose replicas have all moved away would found it a second time."""
-    async with holding(tmp_path) as (holdings, failover):
-        assert not holdings.removed(0)
-        await holdings.bring(0, failover)
+async def test_what_was_removed_or_brought_founds_nothing_at_the_next_start(tmp_path: Path) -> None:
+    """`founded-once`: those who had a shard first would found it again when all its replicas have moved away."""
+    founders = Founders(tmp_path / "founders", "c", [0, 1, 2], [])
+    save(founders)
+    async with holding(tmp_path, founders) as (holdings, failover):
+        await holdings.open(0, ("a", "b", "c"))
+        await holdings.start(0, failover)
         await holdings.drop(0)
-        assert holdings.removed(0)
-    async with holding(tmp_path) as (holdings, failover):
-        assert holdings.removed(0)
-        assert holdings.on_disk() == []
+        assert not holdings.path(0).exists()
+        # It is brought back, and a crash comes before the first byte.
         await holdings.bring(0, failover)
-        assert not holdings.removed(0)
+        await holdings.bring(1, failover)
+    known = load(tmp_path / "founders", "c")
+    assert (known.founds, known.founded) == ({2}, {0, 1})
+    (tmp_path / "removed-007").mkdir()
+    async with holding(tmp_path, known) as (holdings, failover):
+        assert holdings.on_disk() == [0, 1]
+        assert not (tmp_path / "removed-007").exists(), "half of one that was being removed"
+
+
+@on_trio
+async def test_a_disk_that_cannot_note_it_removes_and_brings_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    founders = Founders(tmp_path / "founders", "c", [0], [])
+    async with holding(tmp_path, founders) as (holdings, failover):
+        await holdings.open(0, ("a", "b", "c"))
+        await holdings.start(0, failover)
+
+        def full(_founders: Founders) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("node.founders.save", full)
+        with pytest.raises(OSError, match="No space"):
+            await holdings.drop(0)
+        with pytest.raises(OSError, match="No space"):
+            await holdings.bring(1, failover)
+        assert 0 in holdings.actors
+        assert holdings.path(0).exists()
+        assert not holdings.path(1).exists()
+        assert founders.founds == {0}
+
+
+@on_trio
+async def test_a_replica_that_is_removed_leaves_its_quarantine_here(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (holdings, failover):
+        for round_ in (1, 2):
+            actor = await holdings.bring(0, failover)
+            assert len(holdings.quarantined()) == round_ - 1
+            batch = Batch(1, 0, 1)
+            batch.add(((Operation.PUT, Kind.ITEM, round_, vector(round_), (), b"m"),), bytes(16))
+            await actor.put_aside(batch.records)
+            assert holdings.quarantined()[-1] == actor.replica.quarantine_path
+            await holdings.drop(0)
+        kept = holdings.quarantined()
+        assert [path.relative_to(tmp_path).as_posix() for path in kept] == [
+            "quarantine/shard-000-1",
+            "quarantine/shard-000-2",
+        ]
+        # Whole, and as before: under its usual name it can be read.
+        for round_, path in enumerate(kept, 1):
+            (tmp_path / "look").mkdir(exist_ok=True)
+            (tmp_path / "look" / "quarantine").write_bytes(path.read_bytes())
+            assert [one.id for one in Quarantine(tmp_path / "look", 0).records()] == [round_]
+        # After a crash in between it is there once.
+        directory = tmp_path / "again"
+        directory.mkdir()
+        os.link(kept[0], directory / "quarantine")
+        assert keep(directory, tmp_path / "quarantine", 0) == kept[0]
+        kept[0].unlink()
+        assert holdings.quarantined() == kept[1:]
 
 
 @on_trio
