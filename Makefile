@@ -30,7 +30,7 @@ test: setup
 
 # A soak test takes longer than the limit at which any other test counts as hung.
 soak: setup
-	@$(BIN)/python -m pytest -m soak -o faulthandler_timeout=3600 $(ARGS)
+	@$(BIN)/python -m pytest -m soak -o timeout=3600 -o faulthandler_timeout=3700 $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -143,15 +143,18 @@ def member(
     storage: str = "dim = 16",
     replication: int = 3,
     shard_count: int = 4,
+    place: str = "",
     settings: str = "",
     more: str = "",
 ) -> Daemon:
-    """One node, not started. ports: peer and app; seeds: peer ports; settings: of the cluster; more: further sections."""
+    """One node, not started. ports: peer and app; seeds: peer ports; place: its region, its zone, a zone of its own when not
+    given; settings: of the cluster; more: further sections."""
     folder.mkdir(parents=True, exist_ok=True)
     peer_port, app_port = ports
+    place = place or f'zone = "{name}"'
     listed = ", ".join(f'"127.0.0.1:{port}"' for port in seeds)
     lines = [
-        f'[node]\nname = "{name}"\ndata_dir = "{name}"\nzone = "{name}"',
+        f'[node]\nname = "{name}"\ndata_dir = "{name}"\n{place}',
         f'[listen]\nhost = "127.0.0.1"\napp_port = {app_port}\npeer_port = {peer_port}',
         f'[cluster]\nid = "test"\nshard_count = {shard_count}\nreplication = {replication}',
         f"seeds = [{listed}]\nbootstrap = {bootstrap}\n{settings}",
