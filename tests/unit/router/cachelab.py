@@ -1,4 +1,4 @@
-"""A cluster small enough to know: one node that answers from a dict of users and items, as late, lagging or partial as told."""
+"""A coordinator small enough to know: it answers from a dict of users and items, as late, lagging or partial as told."""
 
 from __future__ import annotations
 
@@ -6,28 +6,19 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
-import outcome
 import trio
 import trio.testing
 
-from router import coverage, requests
+from router import requests
 from router.cachevalues import Origin
 from router.caching import Caches, CacheSizes
 from router.changes import Changes
-from router.coordinator import Coordinator, RouterConfig
-from router.layout import Placement
-from router.ports import (
-    Answers,
-    Asked,
-    Done,
-    NodeError,
-    SearchAsk,
-    SearchReply,
-    StoredRecord,
-    WriteAsk,
-    WriteReply,
-)
-from storage.records import Kind, Operation
+from router.coordinator import Recommended
+from router.errors import RequestError
+from router.ports import StoredRecord
+from router.ring import shard_of
+from router.wire import Columns
+from storage.records import Kind
 from storage.view import ClassConstraint
 
 DIM = 4
@@ -35,10 +26,9 @@ SHARDS = 3
 
 
 class Lab:
-    """Implements `router.ports.Cluster`, its only Node, `Trust`, and a Store in memory."""
+    """Answers the caches in a coordinator's place, and is their `Trust`; their Store is in memory."""
 
     def __init__(self, *, store: bool = False, l0_bytes: int = 1 << 20) -> None:
-        self.local, self.shard_count = "a", SHARDS
         self.users: dict[int, StoredRecord] = {}
         self.items: set[int] = set(range(1, 50))
         # What a lagging replica still answers with; None: it is level.
@@ -53,10 +43,9 @@ class Lab:
         self.kept: dict[str, bytes] = {}
         self.store_delay_s = 0.0
         self.changes = Changes(-1.0)
-        coordinator = Coordinator(self, RouterConfig(deadline_ms=1_000, try_ms=400), metric="dot")
         sizes = CacheSizes(l0_bytes=l0_bytes, dim=DIM)
         self.caches = Caches(
-            coordinator,
+            self,  # type: ignore[arg-type]
             self,
             self.changes,
             sizes,
@@ -86,7 +75,7 @@ class Lab:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    async def recommend(self, user_id: int = 1, k: int = 3, **fields: Any) -> dict[str, Any]:
+    async def ask(self, user_id: int = 1, k: int = 3, **fields: Any) -> dict[str, Any]:
         result = self.caches.handle(recommend(user_id, k, **fields))
         return result if isinstance(result, dict) else await result
 
@@ -111,92 +100,74 @@ class Lab:
         request = requests.Delete(kind=Kind.ITEM, ids=ids, ack="primary", write_id=None, timeout_ms=None)
         return await self.caches.handle(request)  # type: ignore[no-any-return, misc]
 
-    # -- router.ports.Cluster -------------------------------------------------------------------------------------
+    # -- what the caches ask of the coordinator -------------------------------------------------------------------
 
-    def node(self, name: str) -> Lab:
-        return self
+    def allowed_s(self, timeout_ms: float | None) -> float:
+        return (timeout_ms or 1_000.0) / 1000
 
-    def placement(self, shard: int) -> Placement:
-        return Placement(shard=shard, epoch=1, voters=("a",))
-
-    def primary(self, shard: int) -> str:
-        return "a"
-
-    def alive(self, name: str) -> bool:
-        return True
-
-    def avoid(self, name: str) -> bool:
-        return False
-
-    def lags_ms(self, name: str) -> dict[int, int]:
-        return {}
-
-    def distance(self, name: str) -> int:
-        return coverage.HERE
-
-    def load_s(self, name: str) -> float:
-        return 0.0
-
-    async def caught_up(
-        self, shards: Sequence[int], session: requests.Session, timeout_s: float
-    ) -> dict[int, str]:
-        behind = {shard for shard, _, _ in session} if self.old else set()
-        return {shard: "session_behind" for shard in shards if shard in behind}
-
-    # -- router.ports.Node ----------------------------------------------------------------------------------------
-
-    def search(self, ask: SearchAsk, timeout_s: float, done: Done[SearchReply]) -> Asked:
-        self.searches += 1
-        items = sorted(self.old[1] if self.old else self.items)[: ask.k]
-        # The score is the user's vector, so that answers tell from which one they are.
-        scores = np.full(len(items), float(ask.query[0]), np.float32)
-        metadata = [b"\x80"] * len(items)
-        reply = SearchReply(np.array(items, np.uint64), scores, metadata, dict(self.failed), self.age_ms)
-        return self._later(reply, timeout_s, done)
-
-    def get(
-        self,
-        kind: Kind,
-        ids: Sequence[int],
-        session: requests.Session,
-        timeout_s: float,
-        done: Done[Answers[StoredRecord]],
-    ) -> Asked:
-        self.looked_up += 1
-        users, items = self.old or (self.users, self.items)
-        blank = StoredRecord((1, 1), bytes(2 * DIM), (), b"")
-        found = [users.get(i) if kind is Kind.USER else (blank if i in items else None) for i in ids]
-        return self._later(Answers(found, self.age_ms), timeout_s, done)
-
-    def _later(self, reply: Any, timeout_s: float, done: Done[Any]) -> Asked:
-        """As it is now, after as long as it takes, unless cancelled."""
-        scope = trio.CancelScope()
-
-        async def run() -> None:
-            with scope:
-                await trio.sleep(min(self.delay_s, timeout_s))
-            if not scope.cancelled_caught:
-                late = outcome.Error(NodeError("deadline_exceeded", "late"))
-                done(late if self.delay_s > timeout_s else outcome.Value(reply))
-
-        trio.lowlevel.spawn_system_task(run)
-        return scope
-
-    def score(self, *args: Any) -> Asked:
-        raise NotImplementedError
-
-    async def write(self, asks: Sequence[WriteAsk], timeout_s: float) -> list[WriteReply]:
-        replies = []
-        for ask in asks:
-            for change in ask.changes:
-                if change.kind is Kind.USER:
-                    self._put_user(change.id)
-                elif change.operation is Operation.DELETE:
-                    self.sequence += 1
-                    self.items.discard(change.id)
-            replies.append(WriteReply(ask.shard, 1, self.sequence, None))
+    async def handle(self, request: requests.Put | requests.Delete) -> dict[str, Any]:
+        for id_ in request.ids:
+            if request.kind is Kind.USER:
+                # Each shard's changes follow each other in its log.
+                self._put_user(id_)
+            else:
+                self.sequence += 1
+                self.items.discard(id_)
+        shards = {shard_of(id_, SHARDS) for id_ in request.ids}
+        last = {
+            shard: max(
+                (
+                    self.users[i].version[1]
+                    for i in request.ids
+                    if i in self.users and shard_of(i, SHARDS) == shard
+                ),
+                default=self.sequence,
+            )
+            for shard in shards
+        }
         await trio.sleep(self.delay_s)
-        return replies
+        return {"written": len(request.ids), "session": [[s, 1, last[s]] for s in shards]}
+
+    async def recommend(
+        self, request: requests.Recommend, deadline: float, user: StoredRecord | None = None
+    ) -> Recommended:
+        if user is None:
+            user, _ = await self.one_user(request.user_id, deadline, request.session)
+        self.searches += 1
+        items = sorted(self.old[1] if self.old else self.items)[: request.k]
+        missing = sorted(self.failed) if await self._work(deadline) else list(range(SHARDS))
+        # The score is the user's vector, so that answers tell from which one they are.
+        scores = np.full(len(items), float(np.frombuffer(user.vector, np.float16)[0]), np.float32)
+        coverage = {"answered": SHARDS - len(missing), "total": SHARDS, "missing": missing}
+        reply = {
+            "hits": Columns(np.array(items, np.uint64), scores, [b"\x80"] * len(items)),
+            "coverage": coverage,
+        }
+        stale = {"stale_ms": self.age_ms} if self.age_ms > 2_000 else {}
+        return Recommended(reply | stale, user, self.age_ms)
+
+    async def one_user(
+        self, user_id: int, deadline: float, session: requests.Session
+    ) -> tuple[StoredRecord, int]:
+        self.looked_up += 1
+        if self.old and session:
+            raise RequestError("session_behind", "no replica has it", "user_id")
+        found = (self.old[0] if self.old else self.users).get(user_id)
+        if not await self._work(deadline):
+            raise RequestError("unavailable", "late", "user_id")
+        if found is None:
+            raise RequestError("unknown_user", "put it first", "user_id")
+        return found, self.age_ms
+
+    async def items_exist(self, ids: Sequence[int], deadline: float) -> int | None:
+        items = set(self.old[1] if self.old else self.items)
+        return self.age_ms if await self._work(deadline) and items.issuperset(ids) else None
+
+    async def _work(self, deadline: float) -> bool:
+        """Whether it was done in time."""
+        left_s = deadline - trio.current_time()
+        await trio.sleep(max(0.0, min(self.delay_s, left_s)))
+        return self.delay_s <= left_s
 
     # -- router.ports.Trust ---------------------------------------------------------------------------------------
 

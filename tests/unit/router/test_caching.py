@@ -27,12 +27,12 @@ def test_a_hit_is_answered_at_once_and_is_what_was_computed() -> None:
     async def scene() -> None:
         lab = Lab()
         lab.write_user(1)
-        first = await lab.recommend()
+        first = await lab.ask()
         assert type(first) is Kept
         assert lab.at_once() is first
         assert lab.at_once(timeout_ms=3.0) is first
         assert lab.at_once(2) is None
-        await lab.recommend(k=4)
+        await lab.ask(k=4)
         assert lab.searches == 2
 
     play(scene)
@@ -43,16 +43,16 @@ def test_errors_partial_and_stale_answers_are_not_kept() -> None:
         lab = Lab(store=True)
         for _ in range(2):
             with pytest.raises(RequestError, match="unknown_user"):
-                await lab.recommend()
+                await lab.ask()
         lab.write_user(1)
         lab.failed = {0: "damaged"}
-        assert (await lab.recommend())["coverage"]["missing"] == [0]
+        assert (await lab.ask())["coverage"]["missing"] == [0]
         lab.failed, lab.age_ms = {}, 5_000
-        assert (await lab.recommend())["stale_ms"] == 5_000
+        assert (await lab.ask())["stale_ms"] == 5_000
         assert not lab.kept
-        assert not isinstance(await lab.recommend(), Kept)
+        assert not isinstance(await lab.ask(), Kept)
         lab.age_ms = 0
-        assert isinstance(await lab.recommend(), Kept)
+        assert isinstance(await lab.ask(), Kept)
 
     play(scene)
 
@@ -63,7 +63,7 @@ def test_identical_requests_are_computed_once_and_others_beside_them() -> None:
         lab.write_user(1)
         async with trio.open_nursery() as nursery:
             for i in range(60):
-                nursery.start_soon(lab.recommend, 1, 3 + i % 2)
+                nursery.start_soon(lab.ask, 1, 3 + i % 2)
         assert lab.searches == 2
         assert lab.caches.statistics()["flights"]["shared"] == 58
 
@@ -77,7 +77,7 @@ def test_an_unknown_user_is_told_to_all_who_wait_and_to_nobody_later() -> None:
 
         async def ask() -> None:
             try:
-                await lab.recommend()
+                await lab.ask()
             except RequestError as error:
                 codes.append(error.code)
 
@@ -87,7 +87,7 @@ def test_an_unknown_user_is_told_to_all_who_wait_and_to_nobody_later() -> None:
         assert codes == ["unknown_user"] * 20
         assert lab.looked_up == 1
         lab.write_user(1)
-        await lab.recommend()
+        await lab.ask()
 
     play(scene)
 
@@ -103,7 +103,7 @@ def test_who_is_cancelled_hands_on_and_who_waits_keeps_its_own_deadline() -> Non
 
         async def ask(timeout_ms: float) -> None:
             try:
-                reply = await lab.recommend(timeout_ms=timeout_ms)
+                reply = await lab.ask(timeout_ms=timeout_ms)
             except RequestError as error:
                 assert error.code in ("deadline_exceeded", "unavailable")
                 late.append(trio.current_time() - began)
@@ -139,7 +139,7 @@ def test_what_had_less_time_is_not_good_enough_for_who_has_more() -> None:
         answers: list[dict[str, Any]] = []
 
         async def ask(timeout_ms: float) -> None:
-            answers.append(await lab.recommend(timeout_ms=timeout_ms))
+            answers.append(await lab.ask(timeout_ms=timeout_ms))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask, 60.0)
@@ -156,13 +156,13 @@ def test_a_write_through_this_node_is_seen_at_once() -> None:
     async def scene() -> None:
         lab = Lab(store=True)
         lab.write_user(1)
-        before = _vector(await lab.recommend())
+        before = _vector(await lab.ask())
         reply = await lab.put_users(2, 1, 3)
-        assert _vector(await lab.recommend()) == _of(lab) != before
+        assert _vector(await lab.ask()) == _of(lab) != before
         assert reply["written"] == 3
         # All three are kept: their versions are known exactly, not as those of the last of the write.
         for user in (1, 2, 3):
-            await lab.recommend(user)
+            await lab.ask(user)
             assert lab.at_once(user) is not None
 
     play(scene)
@@ -176,7 +176,7 @@ def test_who_asks_after_a_write_does_not_join_who_asked_before_it() -> None:
         seen: list[float] = []
 
         async def ask() -> None:
-            seen.append(_vector(await lab.recommend()))
+            seen.append(_vector(await lab.ask()))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
@@ -184,7 +184,7 @@ def test_who_asks_after_a_write_does_not_join_who_asked_before_it() -> None:
             await lab.put_users(1)
             await ask()
         assert seen[-1] == _of(lab)
-        assert _vector(await lab.recommend()) == _of(lab)
+        assert _vector(await lab.ask()) == _of(lab)
 
     play(scene)
 
@@ -196,10 +196,10 @@ def test_a_lagging_replica_does_not_fill_the_caches_with_what_was_before_a_write
         lab.lag()
         lab.age_ms = 900
         lab.write_user(1)
-        await lab.recommend()  # begun after the change was told, answered from before it
+        await lab.ask()  # begun after the change was told, answered from before it
         assert not lab.kept
         lab.old, lab.age_ms = None, 0
-        assert _vector(await lab.recommend()) == _of(lab)
+        assert _vector(await lab.ask()) == _of(lab)
         assert len(lab.kept) == 2
 
     play(scene)
@@ -211,9 +211,9 @@ def test_ones_own_write_is_read_from_a_replica_that_has_it_or_without_an_error()
         lab.write_user(1)
         lab.lag()
         await lab.put_users(1)
-        assert not isinstance(await lab.recommend(), Kept)  # nobody has it: an answer all the same, not kept
+        assert not isinstance(await lab.ask(), Kept)  # nobody has it: an answer all the same, not kept
         lab.old = None
-        assert _vector(await lab.recommend()) == _of(lab)
+        assert _vector(await lab.ask()) == _of(lab)
 
     play(scene)
 
@@ -222,15 +222,15 @@ def test_a_deleted_item_is_gone_at_once_however_the_replicas_lag() -> None:
     async def scene() -> None:
         lab = Lab(store=True)
         lab.write_user(1)
-        assert 1 in (await lab.recommend())["hits"].ids
+        assert 1 in (await lab.ask())["hits"].ids
         lab.lag()
         lab.age_ms = 500
         await lab.delete_items(1)
         for _ in range(2):
-            assert 1 not in (await lab.recommend())["hits"].ids
+            assert 1 not in (await lab.ask())["hits"].ids
         lab.old, lab.age_ms = None, 0
         await trio.sleep(5)
-        assert (await lab.recommend())["hits"].ids.tolist() == [2, 3, 4]
+        assert (await lab.ask())["hits"].ids.tolist() == [2, 3, 4]
 
     play(scene)
 
@@ -242,16 +242,18 @@ def test_a_delete_that_is_told_ends_what_holds_the_item(when: str) -> None:
         lab.write_user(1)
         lab.delay_s = 0.1
         if when == "after":
-            await lab.recommend()
-        async with trio.open_nursery() as nursery:
-            if when == "before":
-                lab.lag()
-                lab.age_ms = 300
-            if when != "after":
-                nursery.start_soon(lab.recommend)
-                await trio.sleep(0.15)
-            lab.items.discard(2)
+            await lab.ask()
+        if when == "before":
+            lab.lag()  # and still brings the item, to who asks after the news
+            lab.age_ms = 300
             lab.caches.item_deleted(2)
+        async with trio.open_nursery() as nursery:
+            if when != "after":
+                nursery.start_soon(lab.ask)
+                await trio.sleep(0.15)
+            if when != "before":
+                lab.items.discard(2)
+                lab.caches.item_deleted(2)
         assert lab.at_once() is None
 
     play(scene)
@@ -261,12 +263,12 @@ def test_nothing_kept_is_used_while_a_primary_is_silent_and_it_is_afterwards() -
     async def scene() -> None:
         lab = Lab(store=True)
         lab.write_user(1)
-        await lab.recommend()
+        await lab.ask()
         lab.is_current = False
         lab.write_user(1, told=False)  # nobody could tell
-        assert _vector(await lab.recommend()) == _of(lab)
+        assert _vector(await lab.ask()) == _of(lab)
         searches = lab.searches
-        assert _vector(await lab.recommend()) == _of(lab)
+        assert _vector(await lab.ask()) == _of(lab)
         assert lab.searches == searches  # L1's answer, revalidated
         assert lab.caches.statistics()["l1"]["revalidated"] >= 2
         lab.is_current = True
@@ -281,11 +283,11 @@ def test_after_a_drop_nothing_from_before_is_used() -> None:
         lab.write_user(1)
         lab.delay_s = 0.1
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lab.recommend, 1, 3)
+            nursery.start_soon(lab.ask, 1, 3)
             await trio.sleep(0.05)
             lab.write_user(1, told=False)
             lab.caches.drop_all()
-        assert _vector(await lab.recommend()) == _of(lab)
+        assert _vector(await lab.ask()) == _of(lab)
 
     play(scene)
 
@@ -294,12 +296,12 @@ def test_a_session_is_answered_from_l0_only_when_the_entry_reaches_as_far() -> N
     async def scene() -> None:
         lab = Lab()
         lab.write_user(1)
-        await lab.recommend()
-        await lab.recommend(session=((0, 1, 5),))
+        await lab.ask()
+        await lab.ask(session=((0, 1, 5),))
         assert lab.searches == 2
-        await lab.recommend(session=((0, 1, 4),))
+        await lab.ask(session=((0, 1, 4),))
         assert lab.searches == 2
-        await lab.recommend(session=((0, 1, 4), (1, 1, 1)))
+        await lab.ask(session=((0, 1, 4), (1, 1, 1)))
         assert lab.searches == 3
 
     play(scene)
@@ -312,14 +314,14 @@ def test_l1_answers_what_another_node_computed() -> None:
         one, other = Lab(store=True), Lab(store=True)
         one.write_user(1)
         other.users, other.kept = one.users, one.kept
-        mine = await one.recommend()
-        theirs = await other.recommend()
+        mine = await one.ask()
+        theirs = await other.ask()
         assert (other.searches, other.looked_up) == (0, 0)
         assert isinstance(theirs, Kept)
         assert theirs["hits"].ids.tolist() == mine["hits"].ids.tolist()
         assert theirs["coverage"] == mine["coverage"]
         # Another question of the same user: the vector is known, too.
-        await other.recommend(k=5)
+        await other.ask(k=5)
         assert (other.searches, other.looked_up) == (1, 0)
 
     play(scene)
@@ -330,16 +332,16 @@ def test_what_l1_has_from_before_a_change_is_not_used() -> None:
         for trusted in (True, False):
             lab = Lab(store=True, l0_bytes=0)
             lab.write_user(1)
-            await lab.recommend()
+            await lab.ask()
             lab.trusted = trusted
             lab.write_user(1, told=trusted)  # untrusted: nobody has told us, we have to look
-            assert _vector(await lab.recommend()) == _of(lab)
+            assert _vector(await lab.ask()) == _of(lab)
             lab.items.discard(1)
             if trusted:
                 lab.caches.item_deleted(1)
-            assert 1 not in (await lab.recommend())["hits"].ids
+            assert 1 not in (await lab.ask())["hits"].ids
             searches = lab.searches
-            await lab.recommend()
+            await lab.ask()
             assert lab.searches == searches + trusted * 0
 
     play(scene)
@@ -349,14 +351,14 @@ def test_rubbish_and_slowness_in_l1_make_no_difference() -> None:
     async def scene() -> None:
         lab = Lab(store=True, l0_bytes=0)
         lab.write_user(1)
-        await lab.recommend()
+        await lab.ask()
         good = dict(lab.kept)
         for rubbish in (b"", b"x" * 500, good.popitem()[1][:-1]):
             lab.kept = dict.fromkeys(lab.kept, rubbish)
-            assert _vector(await lab.recommend()) == _of(lab)
+            assert _vector(await lab.ask()) == _of(lab)
         lab.store_delay_s = 60.0
         began = trio.current_time()
-        assert _vector(await lab.recommend(timeout_ms=400)) == _of(lab)
+        assert _vector(await lab.ask(timeout_ms=400)) == _of(lab)
         assert trio.current_time() - began < 0.4
 
     play(scene)
@@ -378,7 +380,7 @@ def test_whatever_happens_no_answer_is_older_than_what_this_node_was_told(seed: 
             nonlocal answers
             user = rng.choice([1, 2, 3])
             least, gone = told[user], set(deleted)
-            reply = await lab.recommend(user, rng.choice([2, 3]))
+            reply = await lab.ask(user, rng.choice([2, 3]))
             answers += 1
             assert by_vector[_vector(reply)] >= least
             assert not gone & set(reply["hits"].ids.tolist())
