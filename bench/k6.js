@@ -1,6 +1,6 @@
 // The load of bench/locustfile.py for k6: ten /recommend over three contexts to one /recommend/batch of ten ids, users by a Zipf law.
 //
-//     k6 run -e HOST=http://127.0.0.1:7401 -e GMCO_USERS=300 -e GMCO_ITEMS=17472 --vus 50 --duration 30s bench/k6.js
+//     k6 run -e HOST=http://127.0.0.1:7401 -e GMCO_USERS=300 --vus 50 --duration 30s bench/k6.js
 //
 // Several nodes: -e GMCO_HOSTS=http://a:7401,http://b:7401
 
@@ -9,7 +9,8 @@ import { check } from "k6";
 
 const hosts = (__ENV.GMCO_HOSTS || __ENV.HOST || "http://127.0.0.1:7401").split(",");
 const users = Number(__ENV.GMCO_USERS || 300);
-const items = Number(__ENV.GMCO_ITEMS || 17472);
+// Items that were recommended of late to this virtual user.
+const seen = [];
 const exponent = Number(__ENV.GMCO_ZIPF || 1.1);
 const contexts = ["homepage", "video_page", "search_results"];
 
@@ -45,17 +46,19 @@ function whole(response) {
 export default function () {
   const host = hosts[__VU % hosts.length];
   let response;
-  if (Math.random() * 11 < 10) {
+  if (seen.length < 10 || Math.random() * 11 < 10) {
     const context = contexts[Math.floor(Math.random() * contexts.length)];
     response = http.get(`${host}/recommend?user_id=${user()}&k=10&context=${context}`, {
       tags: { name: `/recommend ${context}` },
     });
+    if (response.status === 200) seen.push(...response.json("hits").map((hit) => hit.media_id));
+    seen.splice(0, Math.max(0, seen.length - 1000));
   } else {
-    const ids = new Set();
-    while (ids.size < 10) ids.add(1 + Math.floor(Math.random() * items));
+    const start = Math.floor(Math.random() * (seen.length - 9));
+    const ids = seen.slice(start, start + 10);
     response = http.post(
       `${host}/recommend/batch`,
-      JSON.stringify({ user_id: user(), media_ids: Array.from(ids) }),
+      JSON.stringify({ user_id: user(), media_ids: ids }),
       { headers: { "Content-Type": "application/json" } },
     );
   }

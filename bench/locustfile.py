@@ -2,8 +2,9 @@
 
     locust -f bench/locustfile.py --headless -u 50 -r 50 -t 30s --host http://127.0.0.1:7401
 
-Several nodes: GMCO_HOSTS=http://a:7401,http://b:7401 (each of Locust's users asks one of them). GMCO_USERS and GMCO_ITEMS say
-how many there are (ids from 1; the demo has 300 and 17,472). Stands alone: Locust brings its own Python.
+Several nodes: GMCO_HOSTS=http://a:7401,http://b:7401 (each of Locust's users asks one of them). GMCO_USERS says how many users
+there are, with ids from 1 (the demo has 300); the items to score are such as were recommended before. Stands alone: Locust brings
+its own Python.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from collections import deque
+from typing import Any
 
 from locust import FastHttpUser, constant, task
 
 USERS = int(os.environ.get("GMCO_USERS", "300"))
-ITEMS = int(os.environ.get("GMCO_ITEMS", "17472"))
 EXPONENT = float(os.environ.get("GMCO_ZIPF", "1.1"))
 HOSTS = [host for host in os.environ.get("GMCO_HOSTS", "").split(",") if host]
 CONTEXTS = ("homepage", "video_page", "search_results")
 
 # The n-th most frequent user asks in proportion to 1 / n^EXPONENT.
 _CUMULATED = list(itertools.accumulate(1 / rank**EXPONENT for rank in range(1, USERS + 1)))
+# Items that were recommended of late, to whomever.
+_SEEN: deque[int | str] = deque(maxlen=1_000)
 _NEXT_HOST = itertools.cycle(HOSTS or [""])
 
 
@@ -44,20 +48,25 @@ class App(FastHttpUser):
         context = random.choice(CONTEXTS)
         target = f"/recommend?user_id={a_user()}&k=10&context={context}"
         with self.client.get(target, name=f"/recommend {context}", catch_response=True) as response:
-            self._check(response, "hits")
+            found = self._check(response, "hits")
+            _SEEN.extend(hit["media_id"] for hit in found.get("hits", ()))
 
     @task(1)
     def batch(self) -> None:
-        body = {"user_id": a_user(), "media_ids": random.sample(range(1, ITEMS + 1), 10)}
+        if len(_SEEN) < 10:
+            self.recommend()
+            return
+        body = {"user_id": a_user(), "media_ids": random.sample(_SEEN, 10)}
         with self.client.post("/recommend/batch", json=body, catch_response=True) as response:
             self._check(response, "unknown")
 
     @staticmethod
-    def _check(response, field: str) -> None:  # type: ignore[no-untyped-def]
-        """A partial answer counts as failed, too."""
+    def _check(response, field: str) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+        """The answer; a partial one counts as failed, too."""
         if response.status_code != 200:
             response.failure(f"{response.status_code} {(response.text or '')[:200]}")
-            return
-        found = response.json()
+            return {}
+        found: dict[str, Any] = response.json()
         if field not in found or found["coverage"]["answered"] != found["coverage"]["total"]:
             response.failure(f"not whole: {found.get('coverage')}")
+        return found
