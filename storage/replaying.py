@@ -42,6 +42,7 @@ class Replay:
         with self._pool:
             for batch in self._batches(after):
                 self._replica.take_logged(batch, self._write)
+                self._replica.unsaved_bytes += batch.size_bytes()
                 self.records += len(batch)
                 self._checkpoint()
             self._settle(0)

@@ -27,6 +27,10 @@ class _Chunk(NamedTuple):
     size: int
 
 
+# write_id, greatest version, greatest timestamp_ns, count: of records that follow each other.
+_Run = tuple[bytes, tuple[int, int], int, int]
+
+
 class WriteIds:
     """write_id → the last version written under it and how many of its records are in the log.
 
@@ -76,30 +80,33 @@ class WriteIds:
         return Version(epoch, sequence), count
 
     def apply(self, records: Iterable[Record]) -> None:
-        rows = [(record.write_id, *record.version, record.timestamp_ns) for record in records]
-        self._take([row for row in rows if row[0] != NO_WRITE_ID])
+        self._take(
+            [
+                (record.write_id, record.version, record.timestamp_ns, 1)
+                for record in records
+                if record.write_id != NO_WRITE_ID
+            ]
+        )
 
     def apply_columns(self, headers: npt.NDArray[np.void]) -> None:
         """As `apply`, of record headers (storage.bulk)."""
         raw, known = headers["write_id"].tobytes(), self._known
-        ids = [raw[at : at + 16] for at in range(0, len(raw), 16)]
+        words = np.frombuffer(raw, "<u8").reshape(-1, 2)
+        # A client's batch is one run of records, and costs what one of them does.
+        begins = np.flatnonzero(np.append(True, (words[1:] != words[:-1]).any(axis=1)))
+        ids = [raw[at : at + 16] for at in (16 * begins).tolist()]
         new = set(ids)
-        if len(new) == len(ids) and new.isdisjoint(known) and NO_WRITE_ID not in new:
-            values = np.ones((len(ids), 4), "<u8")
-            for column, name in ((0, "version_epoch"), (1, "version_sequence"), (3, "timestamp_ns")):
-                values[:, column] = headers[name]
-            packed = values.tobytes()
-            size = _VALUE.size
-            known.update(
-                zip(ids, [packed[at : at + size] for at in range(0, len(packed), size)], strict=True)
-            )
-            self._changed.append(ids)
-            self._note(int(values[:, 3].max()), ids)
-        elif new != {NO_WRITE_ID}:
-            fields = (
-                headers[name].tolist() for name in ("version_epoch", "version_sequence", "timestamp_ns")
-            )
-            self._take([row for row in zip(ids, *fields, strict=True) if row[0] != NO_WRITE_ID])
+        if new == {NO_WRITE_ID}:
+            return
+        values = _values(headers, begins)
+        if len(new) < len(ids) or not new.isdisjoint(known) or NO_WRITE_ID in new:
+            runs = zip(ids, values.tolist(), strict=True)
+            self._take([(id, (e, n), stamp, count) for id, (e, n, count, stamp) in runs if id != NO_WRITE_ID])
+            return
+        packed, size = values.tobytes(), _VALUE.size
+        known.update(zip(ids, [packed[at : at + size] for at in range(0, len(packed), size)], strict=True))
+        self._changed.append(ids)
+        self._note(int(values[:, 3].max()), ids)
 
     def cut(self, records: Iterable[Record]) -> None:
         """Takes back what the records of a tail that the log loses have added.
@@ -174,17 +181,17 @@ class WriteIds:
             self._chunks.append(_Chunk(int.from_bytes(key, "big"), newest, len(written)))
             self._note(newest, first)
 
-    def _take(self, rows: Sequence[tuple[bytes, int, int, int]]) -> None:
-        """(write_id, epoch, sequence, timestamp_ns) of records, in the order of the log."""
+    def _take(self, rows: Sequence[_Run]) -> None:
+        """What records add, in the order of the log."""
         first, newest, known = [], 0, self._known
-        for write_id, epoch, sequence, timestamp_ns in rows:
-            old, count, stamp, last = known.get(write_id), 0, timestamp_ns, (epoch, sequence)
+        for write_id, version, timestamp_ns, more in rows:
+            old, last, count, stamp = known.get(write_id), version, more, timestamp_ns
             if old is None:
                 first.append(write_id)
             else:
-                *before, count, before_ns = _VALUE.unpack(old)
-                last, stamp = max((before[0], before[1]), last), max(before_ns, stamp)
-            known[write_id] = _VALUE.pack(*last, count + 1, stamp)
+                epoch, sequence, before, before_ns = _VALUE.unpack(old)
+                last, count, stamp = max((epoch, sequence), last), before + count, max(before_ns, stamp)
+            known[write_id] = _VALUE.pack(*last, count, stamp)
             newest = max(newest, stamp)
         if rows:
             self._changed.append([row[0] for row in rows])
@@ -215,3 +222,19 @@ class WriteIds:
                 order.append((self._newest_ns, later))
             if len(gone) < len(ids):
                 order.appendleft((stamp, ids[len(gone) :]))
+
+
+def _values(headers: npt.NDArray[np.void], begins: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """uint64 [runs, 4]: what is remembered of each run of records, as in _VALUE."""
+    epochs, sequences = headers["version_epoch"], headers["version_sequence"]
+    values = np.empty((len(begins), 4), "<u8")
+    if (epochs == epochs[0]).all():
+        values[:, 0] = epochs[0]
+        values[:, 1] = np.maximum.reduceat(sequences, begins)
+    else:
+        versions = list(zip(epochs.tolist(), sequences.tolist(), strict=True))
+        ends = [*begins.tolist()[1:], len(versions)]
+        values[:, :2] = [max(versions[low:high]) for low, high in zip(begins.tolist(), ends, strict=True)]
+    values[:, 2] = np.diff(begins, append=len(headers))
+    values[:, 3] = np.maximum.reduceat(headers["timestamp_ns"], begins)
+    return values

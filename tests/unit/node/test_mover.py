@@ -42,8 +42,7 @@ async def test_a_replica_with_records_that_nobody_else_may_have_is_not_removed(t
         told = actor.replica.position
         actor.act(actor, actor.election.on_stream("b", 9, trio.current_time()))
         assert not await mover.on_dismiss("b", [0, 9]), "its log has not been compared with that primary's"
-        blobs, records = epoch_record(9, told.sequence, actor.placement.pack())
-        assert await actor.follow(9, blobs, records)
+        assert await actor.follow(9, epoch_record(9, told.sequence, actor.placement.pack()))
         assert not await mover.on_dismiss("c", [0, 8]), "a primary that is one no more"
         assert await mover.on_dismiss("b", [0, 9])
         assert not held.actors
