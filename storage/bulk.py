@@ -47,7 +47,7 @@ assert _HEADER.itemsize == HEADER_BYTES
 class Columns:
     """Records at `starts` int64 [n] of `data`; `headers` is a structured array [n] of their header fields."""
 
-    data: bytes
+    data: Buffer
     starts: npt.NDArray[np.int64]
     headers: npt.NDArray[np.void]
 
@@ -94,11 +94,12 @@ class Columns:
 
     def run(self) -> Run:
         """For the log, of what `verified` gave."""
+        assert isinstance(self.data, bytes)
         stamp = int(self.headers["timestamp_ns"][-1])
         return Run(self.data, self.starts.tolist(), self.first, self.last, stamp)
 
 
-def columns(data: bytes, offset: int, end: int, after: int, batch: int) -> Iterator[Columns]:
+def columns(data: Buffer, offset: int, end: int, after: int, batch: int) -> Iterator[Columns]:
     """Records with sequence > after in data[offset:end], at most `batch` at a time, in order.
 
     Only for bytes that have been verified: the log is, whole, when it is opened (`Log.spans`).

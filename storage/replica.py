@@ -670,7 +670,7 @@ class Replica:
         """Of all records that the log has after `sequence`."""
         after = min(max(sequence, self._log.first_sequence - 1), self.logged)
         found: set[tuple[int, int]] = set()
-        for _, data, offset, end in self._log.spans(after):
+        for data, offset, end in self._log.spans(after):
             for part in columns(data, offset, end, after, 2_048):
                 found |= part.versions()
         return found

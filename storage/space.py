@@ -30,6 +30,7 @@ from storage.entries import (
 from storage.errors import DamagedError, ForeignDataError
 from storage.records import HEADER_BYTES as RECORD_BYTES
 from storage.records import Kind, Operation, Record, Version
+from storage.segment import Buffer
 from storage.table import KindState, Lookup, Table
 from storage.tombstones import Tombstones
 from storage.vectors import RowFile
@@ -224,14 +225,17 @@ class Space:
             tails[mine] = head[theirs]
         splits = records.starts + RECORD_BYTES + head["vector_bytes"]
         class_ends = splits + 2 * head["class_count"].astype(np.int64)
-        self._take(ids, tails, put, records.data, splits, class_ends + head["metadata_bytes"])
+        stops = class_ends + head["metadata_bytes"]
+        where = splits
+        if not put.all():
+            rows, where, class_ends, head = rows[put], splits[put], class_ends[put], head[put]
+        assert (head["vector_bytes"] == self.file.row_bytes).all()
+        view, ends = memoryview(records.data), where.tolist()
+        # Before the entries, by which other threads find them.
+        write(self.file, first, [view[end - self.file.row_bytes : end] for end in ends])
+        self._take(ids, tails, put, records.data, splits, stops)
         if self.changed is not None:
             self.changed.update(ids)
-        if not put.all():
-            rows, splits, class_ends, head = rows[put], splits[put], class_ends[put], head[put]
-        assert (head["vector_bytes"] == self.file.row_bytes).all()
-        view, ends = memoryview(records.data), splits.tolist()
-        write(self.file, first, [view[end - self.file.row_bytes : end] for end in ends])
         self.rows += count
         self.alive += count - len(dead)
         if self.arrays is not None:
@@ -244,25 +248,20 @@ class Space:
         ids: Sequence[int],
         tails: npt.NDArray[np.void],
         put: npt.NDArray[np.bool_],
-        data: bytes,
+        data: Buffer,
         splits: npt.NDArray[np.int64],
         stops: npt.NDArray[np.int64],
     ) -> None:
-        """Entries of `tails` [n] and data[splits:stops] (class ids, metadata) into the overlay, their hashes into the digest.
-
-        Pass by pass: each is one loop that the interpreter runs without names to look up.
-        """
-        hash64, heads = xxh3_64_intdigest, tails.tobytes()
+        """Entries of `tails` [n] and data[splits:stops] (class ids, metadata) into the overlay, their hashes into the digest."""
+        overlay, hash64, heads = self.layers[0], xxh3_64_intdigest, tails.tobytes()
+        hashes: list[int] = []
+        note = hashes.append
         places = range(0, TAIL_BYTES * len(ids), TAIL_BYTES)
-        whole = [
-            heads[at : at + TAIL_BYTES] + data[low:high]
-            for at, low, high in zip(places, splits.tolist(), stops.tolist(), strict=True)
-        ]
-        checks = np.array(list(map(hash64, whole, ids)), np.uint64).astype("<u4").tobytes()
-        hashes = [hash64(heads[at + 4 : at + TAIL_BYTES], id) for at, id in zip(places, ids, strict=True)]
-        self.layers[0].update(
-            zip(ids, [checks[4 * n : 4 * n + 4] + tail for n, tail in enumerate(whole)], strict=True)
-        )
+        for id, at, low, high in zip(ids, places, splits.tolist(), stops.tolist(), strict=True):
+            head = heads[at : at + TAIL_BYTES]
+            tail = head + data[low:high]
+            overlay[id] = (hash64(tail, id) & 0xFFFFFFFF).to_bytes(4, "little") + tail
+            note(hash64(head[4:], id))
         change = np.zeros(BUCKETS, np.uint64)
         np.bitwise_xor.at(change, np.array(ids, np.uint64) & np.uint64(255), np.array(hashes, np.uint64))
         self.buckets = [old ^ new for old, new in zip(self.buckets, change.tolist(), strict=True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ class _Chunk(NamedTuple):
     size: int
 
 
+# Of a Record.
+_VERSION, _STAMPED, _WRITE_ID = itemgetter(2), itemgetter(3), itemgetter(4)
 # write_id, greatest version, greatest timestamp_ns, count: of records that follow each other.
 _Run = tuple[bytes, tuple[int, int], int, int]
 
@@ -80,13 +83,8 @@ class WriteIds:
         return Version(epoch, sequence), count
 
     def apply(self, records: Iterable[Record]) -> None:
-        self._take(
-            [
-                (record.write_id, record.version, record.timestamp_ns, 1)
-                for record in records
-                if record.write_id != NO_WRITE_ID
-            ]
-        )
+        runs = ((id, list(run)) for id, run in groupby(records, _WRITE_ID) if id != NO_WRITE_ID)
+        self._take([(id, max(map(_VERSION, run)), max(map(_STAMPED, run)), len(run)) for id, run in runs])
 
     def apply_columns(self, headers: npt.NDArray[np.void]) -> None:
         """As `apply`, of record headers (storage.bulk)."""
@@ -95,16 +93,16 @@ class WriteIds:
         # A client's batch is one run of records, and costs what one of them does.
         begins = np.flatnonzero(np.append(True, (words[1:] != words[:-1]).any(axis=1)))
         ids = [raw[at : at + 16] for at in (16 * begins).tolist()]
-        new = set(ids)
-        if new == {NO_WRITE_ID}:
+        if ids == [NO_WRITE_ID]:
             return
         values = _values(headers, begins)
-        if len(new) < len(ids) or not new.isdisjoint(known) or NO_WRITE_ID in new:
+        packed, size = values.tobytes(), _VALUE.size
+        new = dict(zip(ids, [packed[at : at + size] for at in range(0, len(packed), size)], strict=True))
+        if len(new) < len(ids) or NO_WRITE_ID in new or not known.keys().isdisjoint(new):
             runs = zip(ids, values.tolist(), strict=True)
             self._take([(id, (e, n), stamp, count) for id, (e, n, count, stamp) in runs if id != NO_WRITE_ID])
             return
-        packed, size = values.tobytes(), _VALUE.size
-        known.update(zip(ids, [packed[at : at + size] for at in range(0, len(packed), size)], strict=True))
+        known.update(new)
         self._changed.append(ids)
         self._note(int(values[:, 3].max()), ids)
 
@@ -136,16 +134,17 @@ class WriteIds:
         """The chunk of what changed since the last checkpoint, and None for those to remove; then `thaw`."""
         self._frozen, self._changed = self._changed, []
         self._chunks_before, known = self._chunks, self._known
-        values = {
-            id: known.get(id) or self._forgotten.get(id)
-            for id in dict.fromkeys(chain.from_iterable(self._frozen))
-        }
-        changed = [id + value for id, value in values.items() if value is not None]
+        ids = list(dict.fromkeys(chain.from_iterable(self._frozen)))
+        values = [value for value in map(known.get, ids) if value is not None]
+        if len(values) < len(ids):
+            either = {id: known.get(id) or self._forgotten.get(id) for id in ids}
+            left = {id: value for id, value in either.items() if value is not None}
+            ids, values = list(left), list(left.values())
         chunks, out = list(self._chunks), dict[bytes, bytes | None]()
-        if changed:
+        if ids:
             key = chunks[-1].key + 1 if chunks else 1
-            chunks.append(_Chunk(key, self._newest_ns, len(changed)))
-            out[key.to_bytes(8, "big")] = b"".join(changed)
+            chunks.append(_Chunk(key, self._newest_ns, len(ids)))
+            out[key.to_bytes(8, "big")] = b"".join(chain.from_iterable(zip(ids, values, strict=True)))
         oldest, newer = self._newest_ns - self._keep_ns, 0
         self._chunks = []
         for chunk in reversed(chunks):
