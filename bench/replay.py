@@ -8,6 +8,7 @@ what the disk takes of the same bytes with a plain sequential write and one fdat
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import statistics
@@ -18,6 +19,7 @@ import numpy as np
 
 from bench.harness import arguments, figure, say
 from bench.vectors import CACHE
+from node.main import GC_THRESHOLD
 from storage.config import StorageConfig
 from storage.disk import Log
 from storage.records import Kind, Operation, encode
@@ -87,6 +89,8 @@ def disk_bytes_per_s(path: Path, size: int) -> float:
 
 def main() -> None:
     options = arguments(__doc__ or "")
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)  # as a node does
     count, runs = (20_000, 3) if options.quick else (100_000, 5)
     directory = CACHE / f"replay-{count}-{os.getpid()}"
     directory.mkdir(parents=True)

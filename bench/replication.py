@@ -126,7 +126,8 @@ def main() -> None:
     options = arguments(__doc__ or "")
     total, runs, lag_s = (6_000, 1, 3) if options.quick else (20_000, 5, 20)
     folder = Path(tempfile.mkdtemp(prefix="replication-"))
-    storage = f'dim = {DIM}\nengine = "exact"\nfresh_rows_max = 100000000'
+    # Nothing is searched: neither a graph nor the exact engine's own copy of the rows is to be kept up.
+    storage = f'dim = {DIM}\nengine = "exact"\nfloat32_budget_bytes = 0\nfresh_rows_max = 100000000'
     ours: list[float] = []
     peers: list[float] = []
     try:

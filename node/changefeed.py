@@ -15,6 +15,7 @@ from node.shard import ShardActor
 from node.telling import Change, Telling, Told
 from router.cachevalues import TICK_MS, Origin
 from router.changes import Changes
+from storage.bulk import Columns
 from storage.records import Kind, Operation, Record
 
 TICK_S = TICK_MS / 1000
@@ -46,7 +47,7 @@ class ChangeFeed:
 
     # -- what replicas apply --------------------------------------------------------------------------------------
 
-    def applied(self, actor: ShardActor, records: Sequence[Record] | None) -> None:
+    def applied(self, actor: ShardActor, records: Sequence[Record] | Columns | None) -> None:
         """As `ShardActor.applied`."""
         now = trio.current_time()
         if records is None:
@@ -54,7 +55,10 @@ class ChangeFeed:
             if self.caches is not None:
                 self.caches.drop_all()
             return
-        changes = [change for record in records if (change := _change(record)) is not None]
+        if isinstance(records, Columns):
+            changes = changes_of(records)
+        else:
+            changes = [change for record in records if (change := change_of(record)) is not None]
         if changes:
             self._telling.applied(actor.shard, changes, actor.leads, now)
             for change in changes:
@@ -142,7 +146,21 @@ class ChangeFeed:
         return {**self._telling.counters, **self._hearing.figures(now), "current": self.current(now)}
 
 
-def _change(record: Record) -> Change | None:
+def changes_of(columns: Columns) -> list[Change]:
+    """`change_of` of each."""
+    head = columns.headers
+    deletes = head["operation"] == Operation.DELETE
+    users = (head["kind"] == Kind.USER) & (deletes | (head["operation"] == Operation.PUT))
+    head = head[users | ((head["kind"] == Kind.ITEM) & deletes)]
+    names = ("id", "kind", "version_epoch", "version_sequence")
+    rows = zip(*(head[name].tolist() for name in names), strict=True)
+    return [
+        Change(id_, (epoch, sequence) if kind == Kind.USER else None) for id_, kind, epoch, sequence in rows
+    ]
+
+
+def change_of(record: Record) -> Change | None:
+    """What it changes for a cache."""
     if record.kind == Kind.USER and record.operation in (Operation.PUT, Operation.DELETE):
         return Change(record.id, (record.version.epoch, record.version.sequence))
     if record.kind == Kind.ITEM and record.operation == Operation.DELETE:

@@ -217,6 +217,7 @@ STORAGE_RANGES: dict[str, tuple[float, float]] = {
     "compact_dead_ratio": (0.01, 1.0),
     "compact_rows_min": (1, 1_000_000_000),
     "wal_segment_bytes": (1 << 16, 1 << 30),
+    "wal_segment_bytes_max": (0, 1 << 30),
     "wal_keep_s": (0, 10 * 365 * 86_400),
     "wal_unsettled_bytes": (0, 1 << 40),
     "tombstones_keep_s": (0, 10 * 365 * 86_400),

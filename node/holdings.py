@@ -29,6 +29,7 @@ from node.supervisor import Supervisor
 from storage import quarantine
 from storage.anew import begin_anew, damaged_paths
 from storage.attempts import ENDED_MAX, Attempts
+from storage.bulk import Columns
 from storage.config import StorageConfig
 from storage.errors import DamagedError
 from storage.files import fsync_directory
@@ -70,7 +71,9 @@ class Holdings:
         # Called when the set of replicas has changed.
         self.changed: Callable[[], None] = lambda: None
         # Told of what replicas apply, as `ShardActor.applied`; set before any is opened.
-        self.applied: Callable[[ShardActor, Sequence[Record] | None], None] = lambda _actor, _records: None
+        self.applied: Callable[[ShardActor, Sequence[Record] | Columns | None], None] = (
+            lambda _actor, _records: None
+        )
         # By which they catch up by snapshots.
         self.fetcher = Fetcher()
         # Returns when no search uses a replica that was in `actors` at the call.

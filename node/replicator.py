@@ -25,8 +25,9 @@ from node.peerlink import (
 from node.pulls import Answer, Forked, NotPrimary, Pull, Streamed, read_answer
 from node.shard import ShardActor
 from node.transfer import Transfer
+from storage.arrival import arrival
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
-from storage.records import EMPTY, Fingerprint, RecordError, split
+from storage.records import EMPTY, Fingerprint, RecordError
 
 log = structlog.get_logger(__name__)
 
@@ -266,24 +267,25 @@ class Replicator:
         actor = self._actor
         last = actor.replica.position
         try:
-            pairs = list(split(answer.records))
+            came = arrival(answer.records)
         except RecordError as error:
             self._say("refused: damaged", f"a streamed record is damaged: {error}")
             await self._back_off()
             return
-        blobs, batch = [blob for blob, _ in pairs], [record for _, record in pairs]
-        first = batch[0].sequence if batch else None
         step = replication.on_stream(
-            last=last, primary_last=answer.primary_last, first=first, count=len(batch)
+            last=last,
+            primary_last=answer.primary_last,
+            first=came.run.first.sequence if came is not None else None,
+            count=len(came) if came is not None else 0,
         )
         if isinstance(step, replication.Refuse):
             self._say("refused: stream", step.reason)
             await self._back_off()
             return
-        if isinstance(step, replication.Take):
+        if came is not None and isinstance(step, replication.Take):
             # Not level from now on, however long our disk takes.
             self.behind = answer.primary_last - last.sequence
-            if not await actor.follow(answer.epoch, blobs, batch):
+            if not await actor.follow(answer.epoch, came):
                 return
         # Our log is the primary's as far as it goes: what we named was found there.
         replica = actor.replica

@@ -25,9 +25,11 @@ from node.pulls import Answer, Forked, NotPrimary, Pull, Streamed
 from node.replication import Ack, Diverged, Fork, LookUp, Progress
 from node.upkeep import Upkeep
 from router.ports import Change, NodeError
+from storage.arrival import Arrival
 from storage.batch import Batch
+from storage.bulk import Columns
 from storage.errors import DamagedError, DiskFullError, ReplicaStoppedError, StorageError
-from storage.records import HEADER_BYTES, Kind, Mark, Operation, Record, Version, decode
+from storage.records import HEADER_BYTES, Kind, Mark, Record, Version, decode
 from storage.replica import Replica
 from storage.side import SideFile
 from storage.tombstones import encode_floor
@@ -126,7 +128,9 @@ class ShardActor:
         self.act: Callable[[ShardActor, list[Effect]], None] = lambda _actor, _effects: None
         self.readmit: Callable[[ShardActor, str, int], None] = lambda _actor, _voter, _replica: None
         # Told of records that were applied; None: the replica was made anew, and nobody knows which.
-        self.applied: Callable[[ShardActor, Sequence[Record] | None], None] = lambda _actor, _records: None
+        self.applied: Callable[[ShardActor, Sequence[Record] | Columns | None], None] = (
+            lambda _actor, _records: None
+        )
 
     # -- what others ask ------------------------------------------------------------------------------------------
 
@@ -487,7 +491,7 @@ class ShardActor:
             self._end = before
             raise
 
-    def _apply(self, batch: Sequence[Record]) -> None:
+    def _apply(self, batch: Sequence[Record] | Columns) -> None:
         try:
             self.replica.apply(batch)
         except Exception as error:
@@ -597,22 +601,22 @@ class ShardActor:
     def _level(self, pull: Pull) -> bool:
         return pull.named.sequence >= self.replica.position.sequence
 
-    async def follow(self, epoch: int, blobs: list[bytes], batch: list[Record]) -> bool:
+    async def follow(self, epoch: int, arrival: Arrival) -> bool:
         """Append records that the primary of `epoch` streamed, and apply them. False: they are not to be taken any more.
 
         Raises StorageError.
         """
         async with self._writing:
-            if not self.election.takes(epoch) or batch[0].sequence != self.replica.position.sequence + 1:
+            run = arrival.run
+            if not self.election.takes(epoch) or run.first.sequence != self.replica.position.sequence + 1:
                 return False
-            rows = sum(record.operation is Operation.PUT for record in batch)
-            before, self._end = self._end, Version(batch[-1].epoch, batch[-1].sequence)
+            before, self._end = self._end, run.last
             try:
-                await self._log_runner(self.replica.append, blobs, rows)
+                await self._log_runner(self.replica.append_run, run, arrival.rows)
             except DiskFullError:
                 self._take_back(before)
                 raise
-            self._apply(batch)
+            self._apply(arrival.records)
             return True
 
     async def cut(self, epoch: int, told: Version, named: Version) -> bool:

@@ -6,7 +6,6 @@ A vector arrives as little endian FP16 or FP32 bytes or as a list of numbers. It
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,9 +15,17 @@ import numpy.typing as npt
 
 from router.errors import RequestError
 from storage.config import Metric
+from storage.index.scan import widen
 
 Dtype = Literal["f2", "f4"]
 Vectors = npt.NDArray[np.float16]
+
+# An FP16's exponent: all ones says that it is not finite.
+_EXPONENT = np.uint16(0x7C00)
+# Between the exponents' biases of FP32 and FP16.
+_FP16_SCALE = 2.0**112
+# So many at a time stay in the cache from pass to pass.
+_BLOCK_NUMBERS = 65536
 
 _WIDTHS: dict[Dtype | None, tuple[int, ...]] = {None: (2, 4), "f2": (2,), "f4": (4,)}
 
@@ -34,8 +41,12 @@ def from_wire(
     if raw and all(type(v) is bytes for v in raw) and len({len(v) for v in raw}) == 1:
         # The way of nearly every request: one join and one cast for all of them.
         width = _width(raw[0], dim, dtype, path.format(0))
-        with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, not warned about
-            full[:] = np.frombuffer(b"".join(raw), f"<f{width}").reshape(len(raw), dim)
+        sent = np.frombuffer(b"".join(raw), f"<f{width}").reshape(len(raw), dim)
+        if width == 2 and not ((sent.view("<u2") & _EXPONENT) == _EXPONENT).any():
+            widen(sent, full)
+        else:
+            with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, not warned about
+                full[:] = sent
     else:
         for i, one in enumerate(raw):
             full[i] = _one(one, dim, dtype, path.format(i))
@@ -72,18 +83,7 @@ def _one(raw: Any, dim: int, dtype: Dtype | None, field: str) -> npt.NDArray[np.
 
 def _finish(full: npt.NDArray[np.float32], metric: Metric, path: str) -> Vectors:
     if metric == "cosine":
-        with np.errstate(invalid="ignore"):  # as above
-            wide = full.astype(np.float64)
-        lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-        # No sum of squares of FP32 numbers overflows float64: a length that is not finite comes of a number that is not.
-        for i, length in enumerate(lengths.tolist()):
-            if not math.isfinite(length):
-                raise RequestError("bad_vector", "send finite numbers only", path.format(i))
-        if not lengths.all():
-            where = path.format(int((lengths != 0).argmin()))
-            raise RequestError("zero_vector", "a vector of zeros has no direction; leave it out", where)
-        wide /= lengths[:, None]
-        return wide.astype(np.float32).astype(np.float16)  # a number of a unit vector always fits
+        return _unit(full, path)
     finite = np.isfinite(full).all(axis=1)
     if not finite.all():
         raise RequestError("bad_vector", "send finite numbers only", path.format(int(finite.argmin())))
@@ -96,3 +96,48 @@ def _finish(full: npt.NDArray[np.float32], metric: Metric, path: str) -> Vectors
             "bad_vector", "a number is beyond what FP16 holds (±65504); scale the vector", where
         )
     return half
+
+
+def _unit(full: npt.NDArray[np.float32], path: str) -> Vectors:
+    """Rows scaled to unit length. Raises RequestError."""
+    dim = full.shape[1]
+    step = max(1, _BLOCK_NUMBERS // max(1, dim))
+    half = np.empty(full.shape, np.float16)
+    # Reused from block to block: fresh memory for each pass costs more than the pass.
+    wide_all, bits_all = np.empty((step, dim), np.float64), np.empty((2, step, dim), np.uint32)
+    for low in range(0, len(full), step):
+        rows = full[low : low + step]
+        wide, bits = wide_all[: len(rows)], bits_all[:, : len(rows)]
+        with np.errstate(invalid="ignore"):  # a signalling NaN is refused here, not warned about
+            wide[:] = rows
+        lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+        # No sum of squares of FP32 numbers overflows float64: a length that is not finite comes of a number that is not.
+        finite = np.isfinite(lengths)
+        if not finite.all():
+            where = path.format(low + int(finite.argmin()))
+            raise RequestError("bad_vector", "send finite numbers only", where)
+        if not lengths.all():
+            where = path.format(low + int((lengths != 0).argmin()))
+            raise RequestError("zero_vector", "a vector of zeros has no direction; leave it out", where)
+        wide /= (lengths * _FP16_SCALE)[:, None]
+        bits[0].view(np.float32)[:] = wide
+        _narrow(bits[0], bits[1], half[low : low + step].view(np.uint16))
+    return half
+
+
+def _narrow(bits: npt.NDArray[np.uint32], spare: npt.NDArray[np.uint32], out: npt.NDArray[np.uint16]) -> None:
+    """out = the nearest FP16 of FP32 numbers of at most 1 that come divided by `_FP16_SCALE`; to even when two are as near.
+
+    So scaled, a number's FP32 exponent is that of its FP16, subnormals included, and only the mantissa is left to round: some
+    passes over whole registers instead of numpy's own conversion, number by number. `bits` and `spare` are overwritten.
+    """
+    np.right_shift(bits, 16, out=spare)
+    spare &= np.uint32(0x8000)
+    out[:] = spare
+    bits &= np.uint32(0x7FFFFFFF)
+    np.right_shift(bits, 13, out=spare)
+    spare &= np.uint32(1)
+    bits += spare
+    bits += np.uint32(0xFFF)
+    bits >>= 13
+    out |= bits.astype(np.uint16)

@@ -23,33 +23,38 @@ _PIECE_BYTES = 1 << 20
 class _Ready(NamedTuple):
     path: Path
     fd: int
+    segment_bytes: int
 
 
 class NextSegment:
     """`make_ahead` and `take` may come from two threads. Names end in `.tmp`: recovery removes what was not taken."""
 
     def __init__(self, directory: Path, segment_bytes: int, ops: FileOps) -> None:
-        self._directory, self._segment_bytes, self._ops = directory, segment_bytes, ops
+        self._directory, self._ops = directory, ops
+        # Of the next file that is made.
+        self.segment_bytes = segment_bytes
         self._lock = threading.Lock()  # guards _ready and _made
         self._ready: _Ready | None = None
         self._made = 0
 
     @property
-    def is_ready(self) -> bool:
-        return self._ready is not None
+    def ready_bytes(self) -> int:
+        """Size of the file that is ready, 0 when none is."""
+        ready = self._ready
+        return 0 if ready is None else ready.segment_bytes
 
     def make_ahead(self) -> None:
         """A file of `segment_bytes` durable zeros. Raises OSError; then nothing is left."""
         if self._ready is not None:
             return
-        made = self._create()
+        made = self._create(self.segment_bytes)
         try:
-            self._ops.allocate(made.fd, self._segment_bytes)
-            for offset in range(0, self._segment_bytes, _PIECE_BYTES):
-                self._ops.zero(made.fd, offset, min(_PIECE_BYTES, self._segment_bytes - offset))
+            self._ops.allocate(made.fd, made.segment_bytes)
+            for offset in range(0, made.segment_bytes, _PIECE_BYTES):
+                self._ops.zero(made.fd, offset, min(_PIECE_BYTES, made.segment_bytes - offset))
                 self._ops.sync_data(made.fd)
         except BaseException:
-            discard(*made)
+            discard(made.path, made.fd)
             raise
         with self._lock:
             self._ready = made
@@ -61,32 +66,33 @@ class NextSegment:
         """
         with self._lock:
             ready = self._ready
-            if header.segment_bytes == self._segment_bytes:
+            if ready is not None and header.segment_bytes == ready.segment_bytes:
                 self._ready = None
             else:
                 ready = None
-        taken = ready or self._create()
+        taken = ready or self._create(header.segment_bytes)
         try:
             if ready is None:
                 self._ops.allocate(taken.fd, header.segment_bytes)
             self._ops.write(taken.fd, (fmt.encode_header(header), content), 0)
             self._ops.sync(taken.fd)
         except BaseException:
-            discard(*taken)
+            discard(taken.path, taken.fd)
             raise
-        return taken
+        return taken.path, taken.fd
 
-    def _create(self) -> _Ready:
+    def _create(self, segment_bytes: int) -> _Ready:
         with self._lock:
             self._made += 1
             path = self._directory / f"next-{self._made}.tmp"
-        return _Ready(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        return _Ready(path, fd, segment_bytes)
 
     def close(self) -> None:
         with self._lock:
             ready, self._ready = self._ready, None
         if ready is not None:
-            discard(*ready)
+            discard(ready.path, ready.fd)
 
     def release(self) -> None:
         """As `close`, when the directory has become another log's: what has its name there is not ours."""

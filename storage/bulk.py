@@ -1,9 +1,9 @@
-"""Many logged records at once, their header fields as columns by numpy: for the log's scan and for replay. Pure."""
+"""Many records at once, their header fields as columns by numpy: for the log's scan, replay and streams. Pure."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from storage.records import HEADER_BYTES, Kind, Record, decode
+from storage.records import HEADER_BYTES, Kind, Operation, Record, RecordError, Version, decode
 from storage.segment import HEADER_BYTES as SEGMENT_HEADER_BYTES
-from storage.segment import TRAILER_BYTES, TRAILER_MAGICS, Buffer, SegmentHeader, trailer_at
+from storage.segment import TRAILER_BYTES, TRAILER_MAGICS, Buffer, Run, SegmentHeader, trailer_at
 
 _HEADER = np.dtype(
     [
@@ -47,7 +47,7 @@ assert _HEADER.itemsize == HEADER_BYTES
 class Columns:
     """Records at `starts` int64 [n] of `data`; `headers` is a structured array [n] of their header fields."""
 
-    data: bytes
+    data: Buffer
     starts: npt.NDArray[np.int64]
     headers: npt.NDArray[np.void]
 
@@ -57,7 +57,11 @@ class Columns:
     def of(self, kind: Kind) -> Columns:
         """Those of one kind."""
         mine = self.headers["kind"] == kind
-        return self if mine.all() else Columns(self.data, self.starts[mine], self.headers[mine])
+        return self if mine.all() else self.at(mine)
+
+    def at(self, chosen: npt.NDArray[np.bool_]) -> Columns:
+        """Those that bool [n] chooses."""
+        return Columns(self.data, self.starts[chosen], self.headers[chosen])
 
     def between(self, begin: int, end: int) -> Columns:
         """Those from place `begin` to before place `end`."""
@@ -74,8 +78,28 @@ class Columns:
     def size_bytes(self) -> int:
         return int(self.headers["length"].sum())
 
+    @property
+    def first(self) -> Version:
+        """(epoch, sequence) of the first; there must be one."""
+        return Version(int(self.headers["epoch"][0]), int(self.headers["sequence"][0]))
 
-def columns(data: bytes, offset: int, end: int, after: int, batch: int) -> Iterator[Columns]:
+    @property
+    def last(self) -> Version:
+        """(epoch, sequence) of the last; there must be one."""
+        return Version(int(self.headers["epoch"][-1]), int(self.headers["sequence"][-1]))
+
+    @property
+    def puts(self) -> int:
+        return int((self.headers["operation"] == Operation.PUT).sum())
+
+    def run(self) -> Run:
+        """For the log, of what `verified` gave."""
+        assert isinstance(self.data, bytes)
+        stamp = int(self.headers["timestamp_ns"][-1])
+        return Run(self.data, self.starts.tolist(), self.first, self.last, stamp)
+
+
+def columns(data: Buffer, offset: int, end: int, after: int, batch: int) -> Iterator[Columns]:
     """Records with sequence > after in data[offset:end], at most `batch` at a time, in order.
 
     Only for bytes that have been verified: the log is, whole, when it is opened (`Log.spans`).
@@ -138,7 +162,7 @@ def glide(data: Buffer, header: SegmentHeader, mark_step: int) -> Glided:
             return at
         places = np.array(starts, np.int64)
         found = _headers(words, places)
-        if not _good(data, words, places, found, at):
+        if not (_ordered(found, at.epoch, at.sequence + 1) and _sound(data, words, places, found)):
             return at
         marks, due = list(at.marks), at.mark_due
         while (place := int(np.searchsorted(places, due))) < len(places):
@@ -172,16 +196,66 @@ def _batches(data: Buffer, offset: int, header: SegmentHeader) -> tuple[list[int
     return starts[:whole], end
 
 
-def _good(
+def offsets(data: bytes) -> list[int]:
+    """Where each of the records begins that stand one behind the other in `data`, by their lengths. Raises RecordError."""
+    size, peek = len(data), _LENGTH.unpack_from
+    starts: list[int] = []
+    offset = 0
+    while offset + HEADER_BYTES <= size:
+        (length,) = peek(data, offset)
+        if length < HEADER_BYTES or length % 8:
+            raise RecordError(f"no record has {length} bytes")
+        starts.append(offset)
+        offset += length
+    if offset != size:
+        raise RecordError("a record is not whole")
+    return starts
+
+
+def verified(data: bytes, begins: Sequence[int]) -> Columns:
+    """The records of one log that `offsets` found, at least one. Raises RecordError.
+
+    Everything is verified that `records.decode` verifies of each, and that they follow each other without gaps.
+    """
+    words = np.frombuffer(data, "<u8")
+    starts = np.array(begins, np.int64)
+    headers = _headers(words, starts)
+    if not _ordered(headers, 0, int(headers["sequence"][0])):
+        raise RecordError("records of a log do not follow each other so")
+    if not _sound(data, words, starts, headers):
+        raise RecordError("a checksum, a length or a padding does not match")
+    if not _known(headers):
+        raise RecordError("an unknown operation or kind")
+    return Columns(data, starts, headers)
+
+
+def _known(headers: npt.NDArray[np.void]) -> bool:
+    operations = headers["operation"]
+    return bool(
+        operations.min() >= Operation.PUT
+        and operations.max() <= Operation.MARK
+        and headers["kind"].max() <= Kind.USER
+    )
+
+
+def _ordered(headers: npt.NDArray[np.void], epoch: int, first: int) -> bool:
+    """Whether these follow one of `epoch`, from sequence `first` on."""
+    epochs, size = headers["epoch"], len(headers)
+    return not (
+        (headers["sequence"] != np.arange(first, first + size, dtype=np.uint64)).any()
+        or int(epochs[0]) < epoch
+        or (epochs[1:] < epochs[:-1]).any()
+    )
+
+
+def _sound(
     data: Buffer,
     words: npt.NDArray[np.uint64],
     starts: npt.NDArray[np.int64],
     headers: npt.NDArray[np.void],
-    after: Glided,
 ) -> bool:
-    """Whether these records follow `after` and each other, and every checksum and padding is right."""
-    size = len(starts)
-    epochs, lengths = headers["epoch"], headers["length"].astype(np.int64)
+    """Whether every length, checksum and padding is right."""
+    lengths = headers["length"].astype(np.int64)
     body = headers["vector_bytes"].astype(np.int64) + headers["metadata_bytes"]
     body += 2 * headers["class_count"].astype(np.int64)
     padding = -body % 8
@@ -190,11 +264,6 @@ def _good(
     if (
         headers["reserved"].any()
         or (lengths != HEADER_BYTES + body + padding).any()
-        or (
-            headers["sequence"] != np.arange(after.sequence + 1, after.sequence + 1 + size, dtype=np.uint64)
-        ).any()
-        or int(epochs[0]) < after.epoch
-        or (epochs[1:] < epochs[:-1]).any()
         or spare[padding > 0].any()
     ):
         return False

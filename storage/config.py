@@ -29,6 +29,8 @@ class StorageConfig:
     compact_dead_ratio: float = 0.3
     compact_rows_min: int = 1_000
     wal_segment_bytes: int = 1 << 20
+    # To this a log's segments grow while they fill faster than the next can be made ahead; 0: they do not grow.
+    wal_segment_bytes_max: int = 16 << 20
     wal_keep_s: float = 86_400.0
     # What is not known to be on a quorum is kept longer, as long as the log is no greater than this.
     wal_unsettled_bytes: int = 1 << 30

@@ -18,12 +18,14 @@ from storage import wal
 from storage.ahead import NextSegment, discard
 from storage.errors import DamagedError, DiskFullError, LogGoneError, ReplicaStoppedError, StorageError
 from storage.files import FileOps, fsync_directory, is_full, take_back, write_atomically
-from storage.records import Record, Version, split
+from storage.records import Record, RecordError, Version, split
 from storage.recovery import (
     SEAL_NAME,
     Segment,
     damaged,
+    memory,
     mend,
+    read_into,
     read_segment,
     records_after,
     recover,
@@ -38,14 +40,19 @@ __all__ = ["FileOps", "Log", "fsync_directory", "write_atomically"]
 _NOTHING = Version(0, 0)
 _TAIL_BYTES = 4 << 20
 _READ_BYTES = 1 << 20
+# A segment that took longer to fill may be followed by a smaller one.
+_LONG_NS = 60_000_000_000
 
 
 class Log:
     """One replica's log. What `append` returned for is on the disk, whole and in order."""
 
-    def __init__(self, directory: Path, shard: int, segment_bytes: int, ops: FileOps) -> None:
+    def __init__(
+        self, directory: Path, shard: int, segment_bytes: int, segment_bytes_max: int, ops: FileOps
+    ) -> None:
         """Use `Log.open`."""
-        self._directory, self._shard, self._segment_bytes, self._ops = directory, shard, segment_bytes, ops
+        self._directory, self._shard, self._ops = directory, shard, ops
+        self._segment_bytes = segment_bytes, max(segment_bytes, segment_bytes_max)
         self._lock = threading.Lock()  # guards _segments, their ends and marks, _tail, last
         self._segments: list[Segment] = []
         self._next = NextSegment(directory, segment_bytes, ops)
@@ -67,19 +74,22 @@ class Log:
         *,
         shard: int,
         segment_bytes: int,
+        segment_bytes_max: int = 0,
         floor: int = 0,
         after: Version = _NOTHING,
         ops: FileOps | None = None,
     ) -> Log:
         """Recover the log in `directory` (made if missing): a torn tail is zeroed, durably, and reported.
 
+        segment_bytes, segment_bytes_max: segments grow between these with the rate of writing (docs/wal.md).
         floor: a sequence known to have been durable (the checkpoint's); a log that ends before it is damage, and
         segments wholly at or below it are verified only when they are read. after: where a log begins that has no
         segments yet (an imported snapshot's position). Raises DamagedError, FormatError, ForeignDataError,
         DiskFullError, ReplicaStoppedError.
         """
         directory = Path(directory)
-        log = cls(directory, shard, fmt.segment_bytes_for(0, segment_bytes), ops or FileOps())
+        size, most = (fmt.segment_bytes_for(0, one) for one in (segment_bytes, segment_bytes_max))
+        log = cls(directory, shard, size, most, ops or FileOps())
         if not directory.is_dir():
             directory.mkdir(parents=True)
             fsync_directory(directory.parent)
@@ -130,11 +140,16 @@ class Log:
         Raises DiskFullError (nothing changed; works again when there is room), ReplicaStoppedError (outcome unknown;
         every later append is refused, too), records.RecordError (they do not follow `last`; nothing changed).
         """
-        if self._stopped is not None:
-            raise ReplicaStoppedError(self._stopped)
-        if not records:
-            return
-        size, last, stamp = fmt.check_batch(records, self.last)
+        self._check_running()
+        if records:
+            self.append_run(fmt.joined(records, self.last))
+
+    def append_run(self, run: fmt.Run) -> None:
+        """As `append`, of verified records that are in one piece already."""
+        self._check_running()
+        if run.first.sequence != self.last.sequence + 1 or run.first.epoch < self.last.epoch:
+            raise RecordError(f"{tuple(run.first)} cannot follow {tuple(self.last)}")
+        size = len(run.data)
         if self._sealed:
             self._unseal()
         segment = self._segments[-1]
@@ -144,14 +159,13 @@ class Log:
             segment = self._segments[-1]
         start = segment.end
         assert start is not None
-        batch = records[0] if len(records) == 1 else b"".join(records)
-        self._write(segment, start, batch)
+        self._write(segment, start, run.data)
         with self._lock:
             if not segment.marks or start - segment.marks[-1][1] >= wal.INDEX_STEP_BYTES:
                 segment.marks.append((self.last.sequence + 1, start))
             segment.end = start + size + fmt.TRAILER_BYTES
-            self._tail.extend(records, size)
-            self.last, self._last_timestamp_ns = last, stamp
+            self._tail.extend(run.data, run.starts)
+            self.last, self._last_timestamp_ns = run.last, run.timestamp_ns
             self._appends += 1
             self._appended_bytes += size
 
@@ -175,8 +189,7 @@ class Log:
         there is room for it, and makes durable that nothing behind it counts as applied. Raises what it raises,
         DamagedError, DiskFullError (nothing has changed), ReplicaStoppedError.
         """
-        if self._stopped is not None:
-            raise ReplicaStoppedError(self._stopped)
+        self._check_running()
         if self._sealed:
             self._unseal()
         firsts = [segment.header.first_sequence for segment in self._segments]
@@ -216,16 +229,21 @@ class Log:
 
     def _roll(self, batch_bytes: int) -> None:
         """A new last segment with room for `batch_bytes`. Every earlier byte is durable, so only it can be torn."""
-        first = self.last.sequence + 1
-        size = fmt.segment_bytes_for(batch_bytes, self._segment_bytes)
-        salt = int.from_bytes(os.urandom(8), "little")
-        header = fmt.SegmentHeader(self._shard, first, size, salt, self.last.epoch, self._last_timestamp_ns)
-        path = self._directory / fmt.segment_name(first)
+        self._fit_size()
         try:
-            temporary, fd = self._next.take(header)
+            try:
+                header, (temporary, fd) = self._take_next(batch_bytes)
+            except OSError as error:
+                if not is_full(error) or self._next.segment_bytes == self._segment_bytes[0]:
+                    raise
+                # There may be room for one that has not grown.
+                self._next.segment_bytes = self._segment_bytes[0]
+                header, (temporary, fd) = self._take_next(batch_bytes)
         except OSError as error:
             # The new file is not part of the log yet, so nothing is in doubt: it can be tried again if it was room.
             raise (self._full(error) if is_full(error) else self._stop("making a segment", error)) from error
+        first = header.first_sequence
+        path = self._directory / fmt.segment_name(first)
         try:
             # An empty last segment may be replaced by a greater one of the same name.
             os.replace(temporary, path)
@@ -241,12 +259,34 @@ class Log:
             self._segments.append(Segment(path, header, fmt.HEADER_BYTES))
             self._rolls += 1
 
+    def _take_next(self, batch_bytes: int) -> tuple[fmt.SegmentHeader, tuple[Path, int]]:
+        """Header and file of the next segment, with room for `batch_bytes`. Raises OSError; then nothing is left."""
+        size = fmt.segment_bytes_for(batch_bytes, self._next.ready_bytes or self._next.segment_bytes)
+        salt = int.from_bytes(os.urandom(8), "little")
+        first, epoch = self.last.sequence + 1, self.last.epoch
+        header = fmt.SegmentHeader(self._shard, first, size, salt, epoch, self._last_timestamp_ns)
+        return header, self._next.take(header)
+
+    def _fit_size(self) -> None:
+        """Twice as large a segment when the last one was full before the next was ready; half, when it lasted long."""
+        if not self._segments or (self._segments[-1].end or 0) <= fmt.HEADER_BYTES:
+            return
+        least, most = self._segment_bytes
+        lasted_ns = self._last_timestamp_ns - self._segments[-1].header.previous_timestamp_ns
+        if lasted_ns > _LONG_NS:
+            self._next.segment_bytes = max(least, self._next.segment_bytes // 2)
+        elif not self._next.ready_bytes:
+            self._next.segment_bytes = min(most, 2 * self._next.segment_bytes)
+
     @property
     def ahead_due(self) -> bool:
         """Whether `make_ahead` has something to do: once a segment is written to, the next one will be wanted."""
         end = self._segments[-1].end
         return (
-            not self._next.is_ready and self._stopped is None and end is not None and end > fmt.HEADER_BYTES
+            not self._next.ready_bytes
+            and self._stopped is None
+            and end is not None
+            and end > fmt.HEADER_BYTES
         )
 
     def make_ahead(self) -> None:
@@ -259,6 +299,10 @@ class Log:
         except OSError as error:
             if not is_full(error):
                 raise self._stop("making a segment", error) from error
+
+    def _check_running(self) -> None:
+        if self._stopped is not None:
+            raise ReplicaStoppedError(self._stopped)
 
     def _unseal(self) -> None:
         try:
@@ -288,7 +332,7 @@ class Log:
             if sequence >= self.last.sequence:
                 return b""
             kept = self._tail.after(sequence, max_bytes)
-            if kept:
+            if kept is not None:
                 self._tail_reads += 1
             else:
                 self._disk_reads += 1
@@ -299,7 +343,7 @@ class Log:
                         f"the log begins at sequence {firsts[0]}, after {sequence} was asked for"
                     )
                 segment = self._segments[position]
-        return b"".join(kept) if kept else self._read(segment, sequence, max_bytes)
+        return self._read(segment, sequence, max_bytes) if kept is None else kept
 
     def _read(self, segment: Segment, sequence: int, max_bytes: int) -> bytes:
         try:
@@ -330,9 +374,10 @@ class Log:
                 yield blob, record
                 after = record.sequence
 
-    def spans(self, after: int) -> Iterator[tuple[Path, bytes, int, int]]:
-        """(path, segment's bytes, offset, end): where records after `after` lie, with a few before them in front.
+    def spans(self, after: int, *, reused: bool = False) -> Iterator[tuple[fmt.Buffer, int, int]]:
+        """(segment's bytes, offset, end): where records after `after` lie, with a few before them in front.
 
+        reused: the bytes of one are good until the next but one is asked for; fresh memory for each costs as much as reading.
         Each segment was verified whole since the log was opened. Raises DamagedError.
         """
         with self._lock:
@@ -340,15 +385,17 @@ class Log:
         if after + 1 < segments[0].header.first_sequence or after > last:
             reason = f"it holds {segments[0].header.first_sequence} to {last}, not what follows {after}"
             raise DamagedError(segments[0].path, None, reason)
+        firsts = [segment.header.first_sequence for segment in segments]
+        segments = segments[max(0, bisect_right(firsts, after + 1) - 1) :]
+        scratch = [memory(segments), memory(segments)] if reused else []
         for position, segment in enumerate(segments):
-            if position + 1 < len(segments) and segments[position + 1].header.first_sequence <= after + 1:
-                continue
             if segment.end is None:
                 scan_segment(segment, last_segment=False)
             assert segment.end is not None
             found = bisect_right(segment.marks, (after + 1, fmt.SEGMENT_BYTES_MAX)) - 1
             offset = segment.marks[found][1] if found >= 0 else fmt.HEADER_BYTES
-            yield segment.path, read_segment(segment), offset, segment.end
+            data = read_into(segment, scratch[position % 2]) if reused else read_segment(segment)
+            yield data, offset, segment.end
 
     def drop_before(self, sequence: int, older_than_ns: int) -> int:
         """Remove whole segments whose records are all below `sequence` and stamped before older_than_ns; how many.

@@ -27,10 +27,9 @@ class Epochs:
 
     def advance(self, after: int, epochs: Sequence[int], sequences: Sequence[int]) -> None:
         """Records have followed one of epoch `after`."""
-        if epochs[-1] != after:
-            for epoch, sequence in zip(epochs, sequences, strict=True):
-                if epoch > after:
-                    self.starts.setdefault(epoch, sequence)
+        for epoch, sequence in zip(epochs, sequences, strict=True):
+            if epoch > after:
+                self.starts.setdefault(epoch, sequence)
 
     def mark(self, record: Record) -> None:
         """Takes an EPOCH mark; other records say nothing of placements."""

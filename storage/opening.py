@@ -121,6 +121,7 @@ def open_parts(directory: Path, *, shard: int, node_id: str, config: StorageConf
             directory / "wal",
             shard=shard,
             segment_bytes=config.wal_segment_bytes,
+            segment_bytes_max=config.wal_segment_bytes_max,
             floor=state.position.sequence,
         )
         stack.pop_all()

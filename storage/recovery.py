@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from storage import segment as fmt
 from storage import wal
@@ -56,7 +59,7 @@ def recover(directory: Path, shard: int, floor: int) -> Recovered:
             raise ForeignDataError(f"{directory} is the log of shard {owner}, not of shard {shard}")
     tail: wal.Scan | None = None
     # Headers and sizes of files have been found to agree.
-    scratch = bytearray(max((segment.header.segment_bytes for segment in segments), default=0))
+    scratch = memory(segments)
     for position, segment in enumerate(segments):
         following = segments[position + 1] if position + 1 < len(segments) else None
         if following is None or following.header.first_sequence > floor + 1:
@@ -84,22 +87,28 @@ def read_segment(segment: Segment) -> bytes:
         raise DamagedError(segment.path, None, f"it cannot be read ({error.strerror})") from error
 
 
-def _read_into(segment: Segment, scratch: bytearray) -> memoryview:
+def memory(segments: Sequence[Segment]) -> memoryview:
+    """Room for the bytes of any one of them, and not zeroed, which for a large one costs as much as reading it."""
+    size = max((segment.header.segment_bytes for segment in segments), default=0)
+    return memoryview(np.empty(size, np.uint8).data)
+
+
+def read_into(segment: Segment, scratch: memoryview) -> memoryview:
     """The whole file, in `scratch`, which is long enough: fresh memory for each costs more than the copy."""
     try:
         with segment.path.open("rb", buffering=0) as file:
-            view, size = memoryview(scratch), 0
-            while count := file.readinto(view[size:]):
+            size = 0
+            while count := file.readinto(scratch[size:]):
                 size += count
     except FileNotFoundError:
         raise
     except OSError as error:
         raise DamagedError(segment.path, None, f"it cannot be read ({error.strerror})") from error
-    return view[:size]
+    return scratch[:size]
 
 
-def scan_segment(segment: Segment, *, last_segment: bool, scratch: bytearray | None = None) -> wal.Scan:
-    data = read_segment(segment) if scratch is None else _read_into(segment, scratch)
+def scan_segment(segment: Segment, *, last_segment: bool, scratch: memoryview | None = None) -> wal.Scan:
+    data = read_segment(segment) if scratch is None else read_into(segment, scratch)
     try:
         scanned = wal.scan(data, last_segment=last_segment)
     except fmt.WalError as error:

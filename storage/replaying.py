@@ -42,6 +42,7 @@ class Replay:
         with self._pool:
             for batch in self._batches(after):
                 self._replica.take_logged(batch, self._write)
+                self._replica.unsaved_bytes += batch.size_bytes()
                 self.records += len(batch)
                 self._checkpoint()
             self._settle(0)
@@ -50,11 +51,13 @@ class Replay:
             sync.result()  # a failed one must stop the replica
 
     def _batches(self, after: int) -> Iterator[Columns]:
-        spans = self._log.spans(after)
+        spans = self._log.spans(after, reused=True)
         ahead = self._pool.submit(next, spans, None)
         while (span := ahead.result()) is not None:
+            # Rows that wait to be written lie in the memory that the next one is read into.
+            self._settle(0)
             ahead = self._pool.submit(next, spans, None)
-            _, data, offset, end = span
+            data, offset, end = span
             yield from columns(data, offset, end, after, _BATCH)
 
     def _write(self, file: RowFile, first: int, rows: Sequence[memoryview]) -> None:

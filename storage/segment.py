@@ -132,12 +132,24 @@ def segment_bytes_for(batch_bytes: int, segment_bytes: int) -> int:
     return -(-need // SECTOR_BYTES) * SECTOR_BYTES
 
 
-def check_batch(records: Sequence[bytes], last: Version) -> tuple[int, Version, int]:
-    """(bytes, last version, last timestamp_ns) of records that are to follow `last`. Raises RecordError.
+class Run(NamedTuple):
+    """Records of one log, one behind the other without gaps: what one append takes. There is at least one."""
 
-    Checks what would break the log (lengths, order), not checksums: the caller made or verified the bytes.
+    data: bytes
+    # Where each begins in `data`, ascending.
+    starts: Sequence[int]
+    # (epoch, sequence) of the first and the last, and the last one's timestamp.
+    first: Version
+    last: Version
+    timestamp_ns: int
+
+
+def joined(records: Sequence[bytes], last: Version) -> Run:
+    """Encoded records that are to follow `last`; there must be one. Raises RecordError.
+
+    Checks what would break the log (lengths, order), not checksums: the caller made the bytes.
     """
-    total, (epoch, sequence) = 0, last
+    starts, at, (epoch, sequence) = [], 0, last
     peek = _LENGTH.unpack_from
     for data in records:
         size = len(data)
@@ -146,8 +158,11 @@ def check_batch(records: Sequence[bytes], last: Version) -> tuple[int, Version, 
             raise RecordError("not exactly one whole record")
         if sequence_next != sequence + 1 or epoch_next < epoch:
             raise RecordError(f"({epoch_next}, {sequence_next}) cannot follow ({epoch}, {sequence})")
-        total, epoch, sequence = total + size, epoch_next, sequence_next
-    return total, Version(epoch, sequence), int.from_bytes(records[-1][48:56], "little")
+        starts.append(at)
+        at, epoch, sequence = at + size, epoch_next, sequence_next
+    batch = records[0] if len(records) == 1 else b"".join(records)
+    first = Version(peek(records[0])[1], last.sequence + 1)
+    return Run(batch, starts, first, Version(epoch, sequence), int.from_bytes(records[-1][48:56], "little"))
 
 
 def encode_trailer(header: SegmentHeader, start: int, batch: bytes) -> bytes:

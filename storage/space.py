@@ -30,6 +30,7 @@ from storage.entries import (
 from storage.errors import DamagedError, ForeignDataError
 from storage.records import HEADER_BYTES as RECORD_BYTES
 from storage.records import Kind, Operation, Record, Version
+from storage.segment import Buffer
 from storage.table import KindState, Lookup, Table
 from storage.tombstones import Tombstones
 from storage.vectors import RowFile
@@ -212,42 +213,60 @@ class Space:
                 self.apply(records.records(), lookup)
             return
         taken, dead = self._newer(ids, records, table)
-        put = taken & (head["operation"] == _PUT)
+        if not taken.all():
+            records = records.at(taken)
+            head, ids = records.headers, records.headers["id"].tolist()
+        put = head["operation"] == _PUT
         first, count = self.rows, int(put.sum())
         rows = np.where(put, first + np.cumsum(put) - 1, NO_ROW)
         tails = np.empty(len(ids), _TAIL)
         tails["row"] = rows
         for mine, theirs in _SHARED.items():
             tails[mine] = head[theirs]
-        heads = tails.tobytes()
         splits = records.starts + RECORD_BYTES + head["vector_bytes"]
-        stops = splits + 2 * head["class_count"].astype(np.int64) + head["metadata_bytes"]
-        overlay, buckets, hash64, data = self.layers[0], self.buckets, xxh3_64_intdigest, records.data
-        places = range(0, TAIL_BYTES * len(ids), TAIL_BYTES)
-        for id, at, low, high, new, alive in zip(
-            ids, places, splits.tolist(), stops.tolist(), taken.tolist(), put.tolist(), strict=True
-        ):
-            if new:
-                tail = heads[at : at + TAIL_BYTES] + data[low:high]
-                overlay[id] = (hash64(tail, id) & 0xFFFFFFFF).to_bytes(4, "little") + tail
-                content_hash = hash64(heads[at + 4 : at + TAIL_BYTES], id)
-                buckets[id & 255] ^= content_hash
-                if not alive:
-                    self.tombstones.add(id, VERSION.unpack_from(heads, at + 4), content_hash)
+        class_ends = splits + 2 * head["class_count"].astype(np.int64)
+        stops = class_ends + head["metadata_bytes"]
+        where = splits
+        if not put.all():
+            rows, where, class_ends, head = rows[put], splits[put], class_ends[put], head[put]
+        assert (head["vector_bytes"] == self.file.row_bytes).all()
+        view, ends = memoryview(records.data), where.tolist()
+        # Before the entries, by which other threads find them.
+        write(self.file, first, [view[end - self.file.row_bytes : end] for end in ends])
+        self._take(ids, tails, put, records.data, splits, stops)
         if self.changed is not None:
             self.changed.update(ids)
-        view, low_ends = memoryview(data), (splits - self.file.row_bytes)[put].tolist()
-        ends = splits[put].tolist()
-        write(self.file, first, [view[low:high] for low, high in zip(low_ends, ends, strict=True)])
         self.rows += count
         self.alive += count - len(dead)
         if self.arrays is not None:
-            counts = head["class_count"][put].astype(np.int64)
-            blobs = b"".join(
-                [data[low:high] for low, high in zip(ends, (ends + 2 * counts).tolist(), strict=True)]
-            )
-            self.arrays.place(rows[put], head["id"][put], blobs, counts)
+            blobs = [view[low:high] for low, high in zip(ends, class_ends.tolist(), strict=True)]
+            self.arrays.place(rows, head["id"], b"".join(blobs), head["class_count"])
             self.arrays.kill(dead)
+
+    def _take(
+        self,
+        ids: Sequence[int],
+        tails: npt.NDArray[np.void],
+        put: npt.NDArray[np.bool_],
+        data: Buffer,
+        splits: npt.NDArray[np.int64],
+        stops: npt.NDArray[np.int64],
+    ) -> None:
+        """Entries of `tails` [n] and data[splits:stops] (class ids, metadata) into the overlay, their hashes into the digest."""
+        overlay, hash64, heads = self.layers[0], xxh3_64_intdigest, tails.tobytes()
+        hashes: list[int] = []
+        note = hashes.append
+        places = range(0, TAIL_BYTES * len(ids), TAIL_BYTES)
+        for id, at, low, high in zip(ids, places, splits.tolist(), stops.tolist(), strict=True):
+            head = heads[at : at + TAIL_BYTES]
+            tail = head + data[low:high]
+            overlay[id] = (hash64(tail, id) & 0xFFFFFFFF).to_bytes(4, "little") + tail
+            note(hash64(head[4:], id))
+        change = np.zeros(BUCKETS, np.uint64)
+        np.bitwise_xor.at(change, np.array(ids, np.uint64) & np.uint64(255), np.array(hashes, np.uint64))
+        self.buckets = [old ^ new for old, new in zip(self.buckets, change.tolist(), strict=True)]
+        for n in np.flatnonzero(~put).tolist():
+            self.tombstones.add(ids[n], VERSION.unpack_from(heads, n * TAIL_BYTES + 4), hashes[n])
 
     def _newer(
         self, ids: Sequence[int], records: Columns, table: Table

@@ -187,17 +187,19 @@ class Table:
         Raises DiskFullError (nothing has changed), ReplicaStoppedError, DamagedError.
         """
         batches = [
-            (self._handle(kind, state.of(kind).rowset), _pairs(entries))
+            (self._handle(kind, state.of(kind).rowset), _in_order(entries))
             for kind, entries in changes.items()
             if entries
         ]
         writes = self._handle_named("writes") if write_ids else None
 
         def work(txn: Any) -> None:
-            for db, pairs in batches:
+            for db, (keys, values) in batches:
+                gone = GONE in values
+                pairs = zip(keys, values, strict=True)
                 with txn.cursor(db=db) as cursor:
-                    cursor.putmulti([pair for pair in pairs if pair[1] != GONE])
-                for key, entry in pairs:
+                    cursor.putmulti((pair for pair in pairs if pair[1] != GONE) if gone else pairs)
+                for key, entry in zip(keys, values, strict=True) if gone else ():
                     if entry == GONE:
                         txn.delete(key, db=db)
             for key, value in (write_ids or {}).items():
@@ -211,11 +213,11 @@ class Table:
 
     def put_ahead(self, kind: Kind, rowset: int, entries: Mapping[int, bytes]) -> None:
         """Entries of a rowset that is not current yet. Raises as `commit`."""
-        db, pairs = self._handle(kind, rowset), _pairs(entries)
+        db, (keys, values) = self._handle(kind, rowset), _in_order(entries)
 
         def work(txn: Any) -> None:
             with txn.cursor(db=db) as cursor:
-                cursor.putmulti(pairs)
+                cursor.putmulti(zip(keys, values, strict=True))
 
         self._write(work)
 
@@ -326,12 +328,12 @@ class Table:
             raise _mapped(error, self.path) from error
 
 
-def _pairs(entries: Mapping[int, bytes]) -> list[tuple[bytes, bytes]]:
-    # In key order LMDB fills its pages one after the other.
+def _in_order(entries: Mapping[int, bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Keys and entries. In key order LMDB fills its pages one after the other."""
     ids = np.fromiter(entries, np.uint64, len(entries))
     order = np.argsort(ids)
     keys, values = ids[order].astype(">u8").tobytes(), list(entries.values())
-    return [(keys[8 * at : 8 * at + 8], values[place]) for at, place in enumerate(order.tolist())]
+    return [keys[at : at + 8] for at in range(0, len(keys), 8)], [values[place] for place in order.tolist()]
 
 
 def _encode_state(state: TableState) -> bytes:

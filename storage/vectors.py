@@ -97,7 +97,7 @@ class RowFile:
     def write(self, first: int, rows: Sequence[bytes | memoryview]) -> None:
         """Rows from row `first` on, each whole; room must have been made. Raises ReplicaStoppedError."""
         assert first + len(rows) <= self.capacity
-        assert all(len(row) == self.row_bytes for row in rows)
+        assert set(map(len, rows)) <= {self.row_bytes}
         try:
             for low in range(0, len(rows), _BUFFERS_MAX):
                 part = rows[low : low + _BUFFERS_MAX]

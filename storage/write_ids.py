@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,12 @@ class _Chunk(NamedTuple):
     key: int
     newest_ns: int
     size: int
+
+
+# Of a Record.
+_VERSION, _STAMPED, _WRITE_ID = itemgetter(2), itemgetter(3), itemgetter(4)
+# write_id, greatest version, greatest timestamp_ns, count: of records that follow each other.
+_Run = tuple[bytes, tuple[int, int], int, int]
 
 
 class WriteIds:
@@ -76,30 +83,28 @@ class WriteIds:
         return Version(epoch, sequence), count
 
     def apply(self, records: Iterable[Record]) -> None:
-        rows = [(record.write_id, *record.version, record.timestamp_ns) for record in records]
-        self._take([row for row in rows if row[0] != NO_WRITE_ID])
+        runs = ((id, list(run)) for id, run in groupby(records, _WRITE_ID) if id != NO_WRITE_ID)
+        self._take([(id, max(map(_VERSION, run)), max(map(_STAMPED, run)), len(run)) for id, run in runs])
 
     def apply_columns(self, headers: npt.NDArray[np.void]) -> None:
         """As `apply`, of record headers (storage.bulk)."""
         raw, known = headers["write_id"].tobytes(), self._known
-        ids = [raw[at : at + 16] for at in range(0, len(raw), 16)]
-        new = set(ids)
-        if len(new) == len(ids) and new.isdisjoint(known) and NO_WRITE_ID not in new:
-            values = np.ones((len(ids), 4), "<u8")
-            for column, name in ((0, "version_epoch"), (1, "version_sequence"), (3, "timestamp_ns")):
-                values[:, column] = headers[name]
-            packed = values.tobytes()
-            size = _VALUE.size
-            known.update(
-                zip(ids, [packed[at : at + size] for at in range(0, len(packed), size)], strict=True)
-            )
-            self._changed.append(ids)
-            self._note(int(values[:, 3].max()), ids)
-        elif new != {NO_WRITE_ID}:
-            fields = (
-                headers[name].tolist() for name in ("version_epoch", "version_sequence", "timestamp_ns")
-            )
-            self._take([row for row in zip(ids, *fields, strict=True) if row[0] != NO_WRITE_ID])
+        words = np.frombuffer(raw, "<u8").reshape(-1, 2)
+        # A client's batch is one run of records, and costs what one of them does.
+        begins = np.flatnonzero(np.append(True, (words[1:] != words[:-1]).any(axis=1)))
+        ids = [raw[at : at + 16] for at in (16 * begins).tolist()]
+        if ids == [NO_WRITE_ID]:
+            return
+        values = _values(headers, begins)
+        packed, size = values.tobytes(), _VALUE.size
+        new = dict(zip(ids, [packed[at : at + size] for at in range(0, len(packed), size)], strict=True))
+        if len(new) < len(ids) or NO_WRITE_ID in new or not known.keys().isdisjoint(new):
+            runs = zip(ids, values.tolist(), strict=True)
+            self._take([(id, (e, n), stamp, count) for id, (e, n, count, stamp) in runs if id != NO_WRITE_ID])
+            return
+        known.update(new)
+        self._changed.append(ids)
+        self._note(int(values[:, 3].max()), ids)
 
     def cut(self, records: Iterable[Record]) -> None:
         """Takes back what the records of a tail that the log loses have added.
@@ -129,16 +134,17 @@ class WriteIds:
         """The chunk of what changed since the last checkpoint, and None for those to remove; then `thaw`."""
         self._frozen, self._changed = self._changed, []
         self._chunks_before, known = self._chunks, self._known
-        values = {
-            id: known.get(id) or self._forgotten.get(id)
-            for id in dict.fromkeys(chain.from_iterable(self._frozen))
-        }
-        changed = [id + value for id, value in values.items() if value is not None]
+        ids = list(dict.fromkeys(chain.from_iterable(self._frozen)))
+        values = [value for value in map(known.get, ids) if value is not None]
+        if len(values) < len(ids):
+            either = {id: known.get(id) or self._forgotten.get(id) for id in ids}
+            left = {id: value for id, value in either.items() if value is not None}
+            ids, values = list(left), list(left.values())
         chunks, out = list(self._chunks), dict[bytes, bytes | None]()
-        if changed:
+        if ids:
             key = chunks[-1].key + 1 if chunks else 1
-            chunks.append(_Chunk(key, self._newest_ns, len(changed)))
-            out[key.to_bytes(8, "big")] = b"".join(changed)
+            chunks.append(_Chunk(key, self._newest_ns, len(ids)))
+            out[key.to_bytes(8, "big")] = b"".join(chain.from_iterable(zip(ids, values, strict=True)))
         oldest, newer = self._newest_ns - self._keep_ns, 0
         self._chunks = []
         for chunk in reversed(chunks):
@@ -174,17 +180,17 @@ class WriteIds:
             self._chunks.append(_Chunk(int.from_bytes(key, "big"), newest, len(written)))
             self._note(newest, first)
 
-    def _take(self, rows: Sequence[tuple[bytes, int, int, int]]) -> None:
-        """(write_id, epoch, sequence, timestamp_ns) of records, in the order of the log."""
+    def _take(self, rows: Sequence[_Run]) -> None:
+        """What records add, in the order of the log."""
         first, newest, known = [], 0, self._known
-        for write_id, epoch, sequence, timestamp_ns in rows:
-            old, count, stamp, last = known.get(write_id), 0, timestamp_ns, (epoch, sequence)
+        for write_id, version, timestamp_ns, more in rows:
+            old, last, count, stamp = known.get(write_id), version, more, timestamp_ns
             if old is None:
                 first.append(write_id)
             else:
-                *before, count, before_ns = _VALUE.unpack(old)
-                last, stamp = max((before[0], before[1]), last), max(before_ns, stamp)
-            known[write_id] = _VALUE.pack(*last, count + 1, stamp)
+                epoch, sequence, before, before_ns = _VALUE.unpack(old)
+                last, count, stamp = max((epoch, sequence), last), before + count, max(before_ns, stamp)
+            known[write_id] = _VALUE.pack(*last, count, stamp)
             newest = max(newest, stamp)
         if rows:
             self._changed.append([row[0] for row in rows])
@@ -215,3 +221,19 @@ class WriteIds:
                 order.append((self._newest_ns, later))
             if len(gone) < len(ids):
                 order.appendleft((stamp, ids[len(gone) :]))
+
+
+def _values(headers: npt.NDArray[np.void], begins: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """uint64 [runs, 4]: what is remembered of each run of records, as in _VALUE."""
+    epochs, sequences = headers["version_epoch"], headers["version_sequence"]
+    values = np.empty((len(begins), 4), "<u8")
+    if (epochs == epochs[0]).all():
+        values[:, 0] = epochs[0]
+        values[:, 1] = np.maximum.reduceat(sequences, begins)
+    else:
+        versions = list(zip(epochs.tolist(), sequences.tolist(), strict=True))
+        ends = [*begins.tolist()[1:], len(versions)]
+        values[:, :2] = [max(versions[low:high]) for low, high in zip(begins.tolist(), ends, strict=True)]
+    values[:, 2] = np.diff(begins, append=len(headers))
+    values[:, 3] = np.maximum.reduceat(headers["timestamp_ns"], begins)
+    return values

@@ -25,7 +25,8 @@ SHARDS = 12
 ITEMS = 600
 # A graph in each shard, several segments, several checkpoints.
 STORAGE = (
-    f'dim = {DIM}\nwal_segment_bytes = 65536\ncheckpoint_bytes = 65536\nengine = "hnsw"\ngraph_rows_min = 20\nm = 8\n'
+    f"dim = {DIM}\nwal_segment_bytes = 65536\nwal_segment_bytes_max = 0\n"
+    'checkpoint_bytes = 65536\nengine = "hnsw"\ngraph_rows_min = 20\nm = 8\n'
     "ef_construction = 20\nef = 400"
 )
 # Files of a node, not of a shard: an operator's affair.

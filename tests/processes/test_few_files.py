@@ -15,7 +15,7 @@ FILES = 512
 
 
 def test_connections_leave_the_logs_their_files(tmp_path: Path) -> None:
-    storage = "dim = 16\nwal_segment_bytes = 65536\ncheckpoint_bytes = 65536"
+    storage = "dim = 16\nwal_segment_bytes = 65536\nwal_segment_bytes_max = 0\ncheckpoint_bytes = 65536"
     with (
         cluster(tmp_path, 1, replication=1, shard_count=2, storage=storage) as (daemon,),
         ExitStack() as held,

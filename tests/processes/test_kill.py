@@ -50,7 +50,7 @@ class Ledger:
 def _kill_cycles(tmp_path: Path, cycles: int, seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
-    storage = f"dim = {DIM}\nwal_segment_bytes = 65536\ncheckpoint_bytes = 65536"
+    storage = f"dim = {DIM}\nwal_segment_bytes = 65536\nwal_segment_bytes_max = 0\ncheckpoint_bytes = 65536"
     with cluster(tmp_path, 1, storage=storage, replication=1, shard_count=2) as (daemon,):
         ledgers = [Ledger() for _ in range(4)]
         for cycle in range(cycles):

@@ -38,7 +38,7 @@ def proxied(folder: Path, count: int) -> Iterator[tuple[list[Daemon], list[Proxy
                 (peer_port, app_port),
                 fronts[:2],
                 bootstrap=count,
-                storage=f"dim = {DIM}\nwal_segment_bytes = 65536\ncheckpoint_bytes = 65536",
+                storage=f"dim = {DIM}\nwal_segment_bytes = 65536\nwal_segment_bytes_max = 0\ncheckpoint_bytes = 65536",
                 more=f'[gossip]\nudp = "off"\nadvertise = "127.0.0.1:{fronts[i]}"',
             )
         )

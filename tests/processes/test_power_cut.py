@@ -106,7 +106,7 @@ def nodes(folder: Path, disk: Path) -> list[Daemon]:
     ports = free_ports(6)
     # Its settings are not on that disk: nobody has flushed those.
     (folder / "node-1").symlink_to(disk)
-    storage = f"dim = {DIM}\nwal_segment_bytes = 65536\ncheckpoint_bytes = 65536"
+    storage = f"dim = {DIM}\nwal_segment_bytes = 65536\nwal_segment_bytes_max = 0\ncheckpoint_bytes = 65536"
     return [
         member(
             folder,

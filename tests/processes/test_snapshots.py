@@ -23,7 +23,7 @@ DIM = 256
 ROWS = 20_000
 # The log is dropped as soon as a checkpoint has it; a graph is built from 1,000 rows on.
 STORAGE = (
-    f"dim = {DIM}\nwal_segment_bytes = 65536\nwal_keep_s = 0.0\ncheckpoint_bytes = 262144\n"
+    f"dim = {DIM}\nwal_segment_bytes = 65536\nwal_segment_bytes_max = 0\nwal_keep_s = 0.0\ncheckpoint_bytes = 262144\n"
     "graph_rows_min = 1000\nm = 8\nef_construction = 20"
 )
 

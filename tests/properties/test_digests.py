@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.batch import Batch
+from storage.bulk import offsets, verified
 from storage.records import Kind, Mark, Operation, Record, Version, decode, split
 from storage.replica import Replica
 from storage.tombstones import encode_floor
@@ -55,11 +56,12 @@ class Peer:
             getattr(self.writer, name)()
 
     def follow(self, log: list[tuple[bytes, Record]], most: int) -> None:
-        """The next records of the primary's log, `most` of them."""
-        part = log[self.replica.position.sequence :][:most]
-        if part:
-            self.replica.append([blob for blob, _ in part], len(part))
-            self.replica.apply([record for _, record in part])
+        """The next records of the primary's log, `most` of them, in columns, however few."""
+        data = b"".join([blob for blob, _ in log[self.replica.position.sequence :][:most]])
+        if data:
+            records = verified(data, offsets(data))
+            self.replica.append_run(records.run(), records.puts)
+            self.replica.apply(records)
 
 
 class Primary(Peer):

@@ -19,6 +19,7 @@ from node.placement import Placement
 from node.replicator import Replicator
 from node.shard import ShardActor
 from router.ports import NodeError
+from storage.arrival import Arrival, arrival
 from storage.batch import Batch
 from storage.errors import DiskFullError
 from storage.records import Kind, Mark
@@ -128,8 +129,7 @@ async def test_a_placement_that_was_not_opened_is_not_opened_later(tmp_path: Pat
         newer = actor.placement.replaced("b", 0x222)
         assert actor.election.takes(5)
         actor.act(actor, actor.election.on_stream("c", 5, trio.current_time()))
-        blobs, records = epoch_record(5, actor.replica.position.sequence, newer.pack())
-        assert await actor.follow(5, blobs, records)
+        assert await actor.follow(5, epoch_record(5, actor.replica.position.sequence, newer.pack()))
         assert actor.placement == newer
         failover._links = links
         await leading(actor)
@@ -189,7 +189,7 @@ async def test_a_candidate_claims_only_what_is_on_its_disk(tmp_path: Path) -> No
 
         async def follow() -> None:
             with pytest.raises(DiskFullError):
-                await actor.follow(9, *epoch_record(9, before.sequence, actor.placement.pack()))
+                await actor.follow(9, epoch_record(9, before.sequence, actor.placement.pack()))
 
         actor._log_runner = full  # type: ignore[assignment]
         async with trio.open_nursery() as nursery:
@@ -253,8 +253,7 @@ async def test_a_voter_is_asked_by_its_replica_and_votes_when_it_is_named(tmp_pa
         newer = actor.placement.replaced("a", 0x999)
         actor.act(actor, actor.election.on_leader(5, trio.current_time()))
         actor.act(actor, actor.election.on_stream("c", 5, trio.current_time()))
-        blobs, records = epoch_record(5, actor.replica.position.sequence, newer.pack())
-        assert await actor.follow(5, blobs, records)
+        assert await actor.follow(5, epoch_record(5, actor.replica.position.sequence, newer.pack()))
         actor.election._bound_until = 0.0
         mine, theirs = actor.replica.replica_id, ABSENT["b"]
         for to in (0x999, mine):
@@ -316,10 +315,12 @@ class Hanging(dict[str, Any]):
         self.sent.extend(body)
 
 
-def epoch_record(epoch: int, after: int, placement: bytes) -> tuple[list[bytes], list[Any]]:
+def epoch_record(epoch: int, after: int, placement: bytes) -> Arrival:
     batch = Batch(epoch, after, 1)
     batch.add_mark(Mark.EPOCH, placement)
-    return batch.blobs, batch.records
+    came = arrival(b"".join(batch.blobs))
+    assert came is not None
+    return came
 
 
 FIELD = st.one_of(

@@ -21,7 +21,7 @@ from node.placement import Placement
 from node.shard import ShardActor
 from router.layout import Layout, Member
 from storage.errors import DiskFullError
-from tests.unit.node.peers import on_trio, until
+from tests.unit.node.peers import on_trio
 from tests.unit.node.test_failover_shell import epoch_record
 from tests.unit.node.voters import change, running
 
@@ -35,45 +35,6 @@ class Held:
     async def drop(self, shard: int) -> None:
         await trio.lowlevel.checkpoint()
         del self.actors[shard]
-
-
-@on_trio
-async def test_what_has_lost_a_voter_comes_before_what_is_only_balanced() -> None:
-    """`lost-first`: in each round, whatever the order of the shards."""
-    steps: list[int] = []
-
-    class Recording(Mover):
-        async def _step(self, actor: Any) -> None:
-            await trio.lowlevel.checkpoint()
-            steps.append(actor.shard)
-
-        async def _dismiss(self, actor: Any) -> None:
-            await trio.lowlevel.checkpoint()
-
-    async def nothing() -> None:
-        await trio.lowlevel.checkpoint()
-
-    def shard(number: int, *voters: str) -> Any:
-        placement = Placement(tuple((name, 1) for name in voters))
-        return SimpleNamespace(shard=number, leads=True, placement=placement, purge=nothing)
-
-    known = {name: SimpleNamespace(alive=name != "dead") for name in ("a", "b", "c", "dead")}
-    members = SimpleNamespace(own=SimpleNamespace(name="a"), get=known.get)
-    shards = [shard(0, "a", "b"), shard(1, "a", "dead", "b"), shard(2, "a", "c"), shard(3, "dead", "a")]
-    held = SimpleNamespace(
-        actors={one.shard: one for one in shards}, fetcher=SimpleNamespace(pace=lambda *_: None)
-    )
-
-    async def end_drain(**_: bool) -> None:
-        await trio.lowlevel.checkpoint()
-
-    duty = SimpleNamespace(end_drain=end_drain)
-    mover = Recording(held, None, members, None, lambda: None, duty, ClusterConfig())  # type: ignore[arg-type]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(mover.run)
-        await until(lambda: len(steps) >= 4)
-        nursery.cancel_scope.cancel()
-    assert steps[:4] == [1, 3, 0, 2]
 
 
 @on_trio
@@ -91,8 +52,7 @@ async def test_a_replica_with_records_that_nobody_else_may_have_is_not_removed(t
         told = actor.replica.position
         actor.act(actor, actor.election.on_stream("b", 9, trio.current_time()))
         assert not await arrivals.on_dismiss("b", [0, 9]), "its log has not been compared with that primary's"
-        blobs, records = epoch_record(9, told.sequence, actor.placement.pack())
-        assert await actor.follow(9, blobs, records)
+        assert await actor.follow(9, epoch_record(9, told.sequence, actor.placement.pack()))
         assert not await arrivals.on_dismiss("c", [0, 8]), "a primary that is one no more"
         assert await arrivals.on_dismiss("b", [0, 9])
         assert not held.actors
@@ -217,6 +177,7 @@ async def too_many_out(path: Path) -> None:
 
 
 def test_two_go_out_at_a_time_and_who_has_lost_a_voter_comes_first(tmp_path: Path) -> None:
+    """`lost-first`"""
     in_virtual_time(too_many_out, tmp_path)
 
 

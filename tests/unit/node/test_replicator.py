@@ -28,9 +28,10 @@ from node.replicator import Replicator
 from node.shard import ShardActor
 from router.coverage import LAG_MS_MAX
 from router.ports import Change, NodeError, SearchAsk
+from storage.arrival import Arrival, arrival
 from storage.batch import Batch
 from storage.errors import DamagedError, ReplicaStoppedError
-from storage.records import Kind, Operation, Record, Version
+from storage.records import Kind, Operation, Version
 from storage.view import ClassConstraint
 from tests.unit.node.peers import answer, hello, linked, on_trio, until
 from tests.unit.node.voters import change, opened, running
@@ -201,8 +202,8 @@ async def test_a_follower_of_another_epoch_is_told_where_to_cut(tmp_path: Path) 
         async with following(primary, actor):
             await write(primary, 3, 1.0, "all")
             # What nobody but this replica has of that epoch: left by a primary that we never hear of.
-            left = [record(1, 5), record(1, 6)]
-            await actor.follow(1, [blob for blob, _ in left], [one for _, one in left])
+            left = came(record(1, 5), record(1, 6))
+            await actor.follow(1, left)
             await until(lambda: bool(cuts))
             assert cuts[0] == (1, Version(1, 4), Version(1, 6))
             assert primary.reign is not None
@@ -210,7 +211,7 @@ async def test_a_follower_of_another_epoch_is_told_where_to_cut(tmp_path: Path) 
 
 
 @on_trio
-@pytest.mark.parametrize("what", ["append", "cut"])
+@pytest.mark.parametrize("what", ["append_run", "cut"])
 async def test_a_disk_that_stops_under_a_follower_ends_it_as_damage(tmp_path: Path, what: str) -> None:
     """What is fatal by the node's policy: anything else would be tried again and again."""
     async with replica_of("a", tmp_path / "a") as actor, primary_of(tmp_path / "b", actor) as primary:
@@ -218,13 +219,13 @@ async def test_a_disk_that_stops_under_a_follower_ends_it_as_damage(tmp_path: Pa
         async with linked(handlers(local, {0: primary}, dict)) as (link, _):
             async with pulling(actor, link):
                 await write(primary, 2, 1.0, "all")
-            left = [record(1, 4)]
-            await actor.follow(1, [blob for blob, _ in left], [one for _, one in left])
+            left = came(record(1, 4))
+            await actor.follow(1, left)
 
             def stop(*_: object) -> None:
                 raise ReplicaStoppedError("fdatasync: Input/output error")
 
-            if what == "append":
+            if what == "append_run":
                 # As far as both go they are the same again.
                 await actor.cut(1, Version(1, 3), Version(1, 4))
                 await write(primary, 3, 2.0)
@@ -235,10 +236,17 @@ async def test_a_disk_that_stops_under_a_follower_ends_it_as_damage(tmp_path: Pa
             assert caught.group_contains(DamagedError)
 
 
-def record(epoch: int, sequence: int) -> tuple[bytes, Record]:
+def record(epoch: int, sequence: int) -> bytes:
     batch = Batch(epoch, sequence - 1, 1)
     batch.add([change(sequence, 9.0)], bytes([sequence]) * 16)
-    return batch.blobs[0], batch.records[0]
+    return batch.blobs[0]
+
+
+def came(*blobs: bytes) -> Arrival:
+    """As a stream brings them."""
+    found = arrival(b"".join(blobs))
+    assert found is not None
+    return found
 
 
 @on_trio

@@ -11,8 +11,9 @@ import pytest
 from storage import segment as fmt
 from storage.disk import Log
 from storage.errors import ReplicaStoppedError
+from storage.files import FileOps
 from tests.unit.storage.test_disk import Failing, fill, opened
-from tests.unit.storage.wal_files import replayed
+from tests.unit.storage.wal_files import record, replayed
 
 SEGMENT_BYTES = 4096
 
@@ -129,4 +130,49 @@ def test_made_beside_appends(tmp_path: Path) -> None:
     assert [r.sequence for r in replayed(log, 0)] == list(range(1, 301))
     assert all(path.stat().st_size == SEGMENT_BYTES for path in tmp_path.glob("*.wal"))
     assert fmt.parse_header(min(tmp_path.glob("*.wal")).read_bytes()).first_sequence == 1
+    log.close()
+
+
+def test_segments_grow_while_they_fill_faster_than_they_are_made(tmp_path: Path) -> None:
+    log = Log.open(tmp_path, shard=3, segment_bytes=SEGMENT_BYTES, segment_bytes_max=4 * SEGMENT_BYTES)
+
+    def newest() -> int:
+        return max(tmp_path.glob("*.wal")).stat().st_size
+
+    def fill_to(log: Log, step_ns: int) -> int:
+        """Appends until the log rolls; the size of the new segment."""
+        made = log.statistics()["segments_made"]
+        while log.statistics()["segments_made"] == made:
+            sequence = log.last.sequence + 1
+            log.append([record(sequence, vector_bytes=300, timestamp_ns=log.last_timestamp_ns + step_ns)])
+        return newest()
+
+    log.append([record(1, timestamp_ns=1_000)])
+    assert [fill_to(log, 1) // SEGMENT_BYTES for _ in range(4)] == [2, 4, 4, 4]
+    # One that is ready is taken as it is.
+    log.make_ahead()
+    assert fill_to(log, 1) == 4 * SEGMENT_BYTES
+    # A rest of a minute and more in each.
+    assert [fill_to(log, 30_000_000_000) // SEGMENT_BYTES for _ in range(4)] == [2, 1, 1, 1]
+    last = log.last.sequence
+    log.close()
+    log = opened(tmp_path, segment_bytes=SEGMENT_BYTES, floor=last)
+    assert [r.sequence for r in replayed(log, 0)] == list(range(1, last + 1))
+    log.close()
+
+
+def test_a_segment_that_finds_no_room_grown_is_made_small(tmp_path: Path) -> None:
+    class Tight(FileOps):
+        def allocate(self, fd: int, size_bytes: int) -> None:
+            if size_bytes > SEGMENT_BYTES:
+                raise OSError(errno.ENOSPC, "no room")
+            super().allocate(fd, size_bytes)
+
+    log = Log.open(
+        tmp_path, shard=3, segment_bytes=SEGMENT_BYTES, segment_bytes_max=4 * SEGMENT_BYTES, ops=Tight()
+    )
+    for _ in range(3):
+        fill_segment(log)
+    log.make_ahead()
+    assert {path.stat().st_size for path in tmp_path.glob("*.wal")} == {SEGMENT_BYTES}
     log.close()

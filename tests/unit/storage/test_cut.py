@@ -21,7 +21,7 @@ from storage.table import Table
 from tests.unit.storage.crashing import Crash, Crashing
 from tests.unit.storage.replica_writer import CONFIG, Writer, vector
 
-SMALL = dataclasses.replace(CONFIG, wal_segment_bytes=4096, wal_keep_s=1e12)
+SMALL = dataclasses.replace(CONFIG, wal_segment_bytes=4096, wal_segment_bytes_max=0, wal_keep_s=1e12)
 
 
 @pytest.fixture

@@ -53,7 +53,9 @@ def test_epochs_that_the_log_left_behind_are_forgotten_but_for_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(epochs_module, "STARTS_KEPT", 1)
-    writer = Writer(tmp_path / "s", dataclasses.replace(CONFIG, wal_segment_bytes=4096))
+    writer = Writer(
+        tmp_path / "s", dataclasses.replace(CONFIG, wal_segment_bytes=4096, wal_segment_bytes_max=0)
+    )
     for epoch in range(1, 6):
         writer.epoch = epoch
         writer.mark(Mark.EPOCH, b"p%d" % epoch)

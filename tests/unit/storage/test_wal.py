@@ -81,10 +81,12 @@ def test_records_in_the_wrong_order_are_damage() -> None:
 
 def test_a_batch_is_checked_before_it_is_written() -> None:
     last = Version(1, 4)
-    assert fmt.check_batch([record(5), record(6, epoch=2)], last) == (2 * len(record(5)), Version(2, 6), 6)
+    two = [record(5), record(6, epoch=2)]
+    size = len(two[0])
+    assert fmt.joined(two, last) == fmt.Run(b"".join(two), [0, size], Version(1, 5), Version(2, 6), 6)
     for wrong in ([record(6)], [record(5, epoch=0)], [record(5)[:-8]], [record(5) + bytes(8)], [b""]):
         with pytest.raises(RecordError):
-            fmt.check_batch(wrong, last)
+            fmt.joined(wrong, last)
 
 
 def test_a_trailer_of_another_segment_or_place_does_not_count() -> None:

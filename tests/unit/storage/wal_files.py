@@ -31,7 +31,7 @@ def record(
 
 def replayed(log: Log, after: int) -> list[Record]:
     """Decoded, verified records after sequence `after`, as replay would meet them."""
-    found = [one for _, data, offset, end in log.spans(after) for one in wal.replay(data, offset, end)]
+    found = [one for data, offset, end in log.spans(after) for one in wal.replay(data, offset, end)]
     return [one for one in found if one.sequence > after]
 
 
