@@ -48,6 +48,7 @@ from node.snapshots import Snapshots
 from node.status import READY, Parts, own_status
 from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
+from node.witnessing import Witnessing
 from router.coordinator import Coordinator, RouterConfig
 from router.errors import RequestError
 from router.layout import Layout
@@ -250,6 +251,9 @@ class Daemon:
         kept = Promises(path, await thread(promises.load, path), thread)
         await parts.supervisor.start(kept, name="promises")
         parts.promises = kept
+        path = directory.path / "witnessed"
+        parts.witnessed = Promises(path, await thread(promises.load, path), thread)
+        await parts.supervisor.start(parts.witnessed, name="witnessed")
         parts.holdings = Holdings(
             self._config, directory.path, directory.identity.node_id, kept, parts.supervisor, parts.links,
             lambda shard: self._others_vote(placements, shard),
@@ -337,6 +341,11 @@ class Daemon:
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
         await supervisor.start(failover, name="failover")
+        assert parts.witnessed is not None
+        witnessing = parts.witnessing = Witnessing(self._name, parts.witnessed, failover, links)
+        await supervisor.start(witnessing, name="witnessing")
+        failover.witnessed = witnessing
+        self._handlers |= {op: coded(handler) for op, handler in witnessing.handlers().items()}
         snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
         self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
         await supervisor.start(snapshots, name="snapshots")
@@ -379,9 +388,7 @@ class Daemon:
             # Not before it has said its name: by that it is reached.
             if known.id == event.id and known.alive and known.fact is not None:
                 for shard, epoch in known.led.items():
-                    actor = self._parts.shards.get(shard)
-                    if actor is not None:
-                        failover.hear(actor, epoch, known.name)
+                    failover.hear(shard, epoch, known.name)
 
     def _app_server(self) -> AppServer:
         config = self._config

@@ -216,6 +216,10 @@ class Election:
         return max(self.promised, self._persisting, self._last().epoch)
 
     @property
+    def lease_s(self) -> float:
+        return self._config.lease_s
+
+    @property
     def majority(self) -> int:
         """How many voters' promises open an epoch."""
         return len(self.voters) if self._founding else len(self.voters) // 2 + 1

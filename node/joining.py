@@ -54,7 +54,7 @@ def node_fact(config: Config, reached_at: str) -> NodeFact:
         region=node.region,
         zone=node.zone,
         host=node.host,
-        capacity=node.capacity,
+        capacity=0 if node.witness else node.capacity,
         app=listen.app_url or f"ws://{Address(host, listen.app_port)}",
         version=version("gmco"),
         shard_count=cluster.shard_count,

@@ -21,10 +21,11 @@ from node.failover import Failover
 from node.holdings import Holdings
 from node.links import Links
 from node.members import Members
-from node.move import Bring, Done, HandOver, Place, Sight, Wait
+from node.move import Bring, BringWitness, Done, HandOver, Place, Sight, Wait
 from node.peerlink import PeerError, RemoteError
 from node.placement import Placement
 from node.shard import ShardActor
+from router import moving
 from router.layout import Layout
 from router.moving import stand_ins
 from router.ports import NodeError
@@ -39,6 +40,8 @@ MOVING_EVERY_S = 0.1
 # The shards wait for each other here, and what was asked may be asked again.
 CALL_S = 10.0
 AGAIN_S = 1.0
+# A witness that has been silent for so long, and is alive, may have lost its vote with its disk.
+WITNESS_SILENT_S = 5.0
 # Replicas that may come to a node at the same time, and go from it.
 IN_MAX = 2
 OUT_MAX = 2
@@ -69,6 +72,8 @@ class Mover:
         self._placed: dict[int, Placement] = {}
         # shard → node → replica id: brought by us, and in no placement yet.
         self._brought: dict[int, dict[str, int]] = {}
+        # shard → node → id of the vote of a witness that was brought by us.
+        self._votes: dict[int, dict[str, int]] = {}
         # shard → what is done or waited for, for people.
         self.stages: dict[int, str] = {}
         self.counters = {"brought": 0, "placed": 0, "handed_over": 0, "dismissed": 0, "failed": 0}
@@ -80,6 +85,7 @@ class Mover:
             for actor in sorted(self._holdings.actors.values(), key=self._whole):
                 if not actor.leads:
                     self._brought.pop(actor.shard, None)
+                    self._votes.pop(actor.shard, None)
                     self.stages.pop(actor.shard, None)
                     self._fit.see(actor.shard, False, 0.0)
                     self._placed.pop(actor.shard, None)
@@ -151,6 +157,22 @@ class Mover:
 
         return stand_ins(layout, actor.shard, absent, may, actor.placement.holders)
 
+    def witness(self, actor: ShardActor) -> str:
+        """Who shall vote without data; empty: nobody."""
+        layout = self._layout()
+        if layout is None or actor.shard >= layout.shard_count:
+            return ""
+
+        def may(name: str) -> bool:
+            return not self._absences.absent(name, (actor.placement.witness_name,))
+
+        return moving.witness(layout, actor.shard, self.target(actor), may)
+
+    def _witness_heard(self, actor: ShardActor) -> bool:
+        reign = actor.reign
+        since = max(reign.witness_at, reign.since) if reign is not None else 0.0
+        return trio.current_time() - since < WITNESS_SILENT_S
+
     def _holds(self, shard: int, name: str) -> bool:
         """False only when it says what it holds, and that shard is not in it."""
         known = self._members.get(name)
@@ -192,8 +214,12 @@ class Mover:
             partial(self._holds, actor.shard),
             self._duty.rests,
             self._first_is_fit(actor, target),
+            self._votes.get(actor.shard, {}),
+            self._witness_heard(actor),
         )
-        step = move.next_step(actor.placement, target, sight)
+        if sight.witness_heard and actor.placement.witness is not None:
+            self._votes.pop(actor.shard, None)
+        step = move.next_step(actor.placement, target, sight, self.witness(actor))
         if isinstance(step, Done):
             self.stages.pop(actor.shard, None)
         elif isinstance(step, Wait):
@@ -209,17 +235,26 @@ class Mover:
                 self.counters["placed"] += 1
                 self._say(actor.shard, step.why)
                 self._brought.pop(actor.shard, None)
+        elif isinstance(step, BringWitness):
+            self._say(actor.shard, f"asks {step.name} to witness")
+            vote = await self._ask(actor, step.name, "witness")
+            self._votes.setdefault(actor.shard, {})[step.name] = vote
         elif isinstance(step, HandOver):
             self._say(actor.shard, f"hands over to {step.to}")
             await self._failover.hand_over(actor, step.to)
             self.counters["handed_over"] += 1
 
-    async def _bring(self, actor: ShardActor, name: str) -> None:
+    async def _ask(self, actor: ShardActor, name: str, op: str) -> int:
+        """For a replica, or a vote: its id. Raises PeerError."""
         epoch, primary = actor.hint
         link = await self._links.add(name)
-        replica = await link.call("bring", [actor.shard, epoch, primary], CALL_S)
-        if type(replica) is not int:
-            raise RemoteError("bad_answer", f"{name} sent what is no replica's id: {replica!r:.40}")
+        id_ = await link.call(op, [actor.shard, epoch, primary], CALL_S)
+        if type(id_) is not int:
+            raise RemoteError("bad_answer", f"{name} sent what is no id: {id_!r:.40}")
+        return id_
+
+    async def _bring(self, actor: ShardActor, name: str) -> None:
+        replica = await self._ask(actor, name, "bring")
         self.counters["brought"] += 1
         self._brought.setdefault(actor.shard, {})[name] = replica
         reached("move.after_bring")

@@ -32,6 +32,7 @@ from node.shard import ShardActor
 from node.snapshots import Snapshots
 from node.steering import Steering
 from node.supervisor import Supervisor
+from node.witnessing import Witnessing
 from router.coordinator import Coordinator
 from router.layout import Layout
 from storage.records import Kind
@@ -55,7 +56,9 @@ class Parts:
     layout: Layout | None = None
     guard: LayoutGuard | None = None
     promises: Promises | None = None
+    witnessed: Promises | None = None
     failover: Failover | None = None
+    witnessing: Witnessing | None = None
     offering: Offering | None = None
     steering: Steering | None = None
     duty: Duty | None = None
@@ -96,6 +99,7 @@ def own_status(parts: Parts) -> dict[str, Any]:
         "duty": parts.duty.order if parts.duty is not None else "",
         "degraded": list(parts.health.reasons) if parts.health is not None else [],
         "shards": [_shard(parts, actor) for _, actor in sorted(parts.shards.items())],
+        "witnesses": _witnessed(parts),
     }
 
 
@@ -174,6 +178,12 @@ def _member(parts: Parts, known: Known, placed: bool, now: float) -> dict[str, A
     return row
 
 
+def _witnessed(parts: Parts) -> list[int]:
+    """Shards of which this node is a witness."""
+    votes = parts.witnessing.votes if parts.witnessing is not None else {}
+    return sorted(shard for shard, vote in votes.items() if vote.named)
+
+
 def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
     replica = actor.replica
     numbers = replica.statistics()
@@ -183,6 +193,8 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "role": "primary" if actor.leads else "replica",
         "primary": actor.primary,
         "voters": list(actor.placement.names),
+        "witness": actor.placement.witness_name,
+        "witness_heard": _witness_heard(actor),
         "votes": actor.placement.is_voter(parts.name, replica.replica_id),
         "epoch": replica.position.epoch,
         "sequence": replica.position.sequence,
@@ -201,10 +213,17 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "snapshot": follower.transfer.figures() if follower else None,
         "learners": [name for name, _ in actor.placement.learners],
         "target": list(parts.mover.target(actor)) if parts.mover and actor.leads else [],
+        "target_witness": parts.mover.witness(actor) if parts.mover and actor.leads else "",
         "layout": parts.layout.version if parts.layout else 0,
         "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
         "repair": _repair(parts, actor),
     }
+
+
+def _witness_heard(actor: ShardActor) -> bool:
+    """Whether its lease has lived by the witness's echo of late, too; only the primary knows."""
+    reign = actor.reign
+    return reign is not None and trio.current_time() - reign.witness_at < 2 * actor.election.lease_s
 
 
 def _repair(parts: Parts, actor: ShardActor) -> str:
@@ -219,6 +238,7 @@ def _counters(parts: Parts) -> dict[str, Any]:
         "search": parts.lane.statistics() if parts.lane else {},
         "router": parts.coordinator.statistics() if parts.coordinator else {},
         "elections": dict(parts.failover.counters) if parts.failover else {},
+        "witness": dict(parts.witnessing.counters) if parts.witnessing else {},
         "moves": dict(parts.mover.counters) if parts.mover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},
         "snapshots": _snapshots(parts),

@@ -118,11 +118,12 @@ def run(
     count: int = 5,
     replicas: int = 3,
     moves: bool = True,
+    witness: bool = False,
     bugs: frozenset[str] = frozenset(),
 ) -> Result:
     """A shard of so many replicas on `count` hosts under trouble for so long, then healed, quiet, and judged. With a planted
     mistake the first broken law ends it."""
-    sim = Sim(seed, count, replicas, bugs)
+    sim = Sim(seed, count, replicas, bugs, witness=witness)
     history: list[Operation] = []
     clients = [Client(sim, history, number) for number in range(CLIENTS)]
     nemesis = Nemesis(sim, moves=moves)
@@ -155,7 +156,7 @@ def _judge(sim: Sim, history: list[Operation], sides: int) -> Result:
         wrong.append(f"liveness: {len(leaders)} primaries at the end")
     acknowledged = [one for one in history if one.version is not None]
     last = sorted(laws.placements.items())
-    changes = sum(one.voters != before.voters for (_, before), (_, one) in itertools.pairwise(last))
+    changes = sum(one.votes != before.votes for (_, before), (_, one) in itertools.pairwise(last))
     voters = last[-1][1].voters if last else ()
     outlived = sum(one.ack == "quorum" and not set(one.voters) <= set(voters) for one in acknowledged)
     if leaders:
@@ -178,7 +179,11 @@ def _converged(sim: Sim, leader: Host) -> list[str]:
     wrong = []
     assert leader.replica is not None
     placement = leader.replica.placement
-    if set(placement.names) != set(sim.wish[1]) or placement.learners:
+    if (
+        set(placement.names) != set(sim.wish[1])
+        or placement.learners
+        or placement.witness_name != sim.wish[2]
+    ):
         wrong.append(f"liveness: {placement} is not as wished, {sim.wish[1]}")
     if {host.name for host in sim.holding} != set(placement.holders):
         wrong.append(f"liveness: {[host.name for host in sim.holding]} hold it, not {placement.holders}")
