@@ -17,7 +17,7 @@ import structlog
 import trio
 
 from gossip import keyfile
-from gossip.codec import encode
+from gossip.codec import CLUSTER_BYTES, encode
 from gossip.config import PACKET_BYTES_MAX, GossipConfig
 from gossip.decoder import Decoded, decode
 from gossip.drops import Drops
@@ -31,6 +31,7 @@ from gossip.messages import Ack, Address, Claim, Part
 from gossip.paths import Paths
 from gossip.replays import Replays
 from gossip.seeds import Seeds
+from gossip.strangers import Strangers
 from gossip.streams import Streams, StreamStatistics
 from gossip.udp import UdpSockets, UdpStatistics, own_address
 
@@ -121,6 +122,9 @@ class Agent:
         self._paths = Paths(config.udp, config.members_max)
         self._replays = Replays(config.members_max)
         self._drops = Drops()
+        # The first bytes of the cluster's random id; empty while this node knows of none, and takes whom it hears.
+        self._cluster = b""
+        self._strangers = Strangers()
         self._oversized = self._watch_errors = 0
         self._told_the_old_at = float("-inf")
 
@@ -232,7 +236,7 @@ class Agent:
         except DroppedError as dropped:
             self._drops.count(dropped.reason, exchange.remote, now)
             # An old packet may be a slow one; anything else says that the peer is none of us, or broken.
-            return dropped.reason in ("replayed", "old_boot")
+            return dropped.reason in ("replayed", "old_boot", "other_cluster_id")
         exchange.proven = True
         if any(type(part) is Ack for part in decoded.parts) and self._paths.on_stream_ack(
             exchange.address, now
@@ -245,6 +249,12 @@ class Agent:
     def _open(self, packet: bytes, source: Address, via: Exchange | None) -> Decoded:
         opened = self._keyring.open(packet)
         decoded = decode(opened.plain)
+        if self._cluster and decoded.cluster and decoded.cluster != self._cluster:
+            where = via.remote if via is not None else str(source)
+            if self._strangers.note(where, trio.current_time()) and decoded.parts:
+                # With nothing in it, so that it is not answered again.
+                self._apply([Send(source, ())], via)
+            raise DroppedError("other_cluster_id")
         try:
             self._replays.check(decoded.sender, decoded.boot, opened.session, opened.counter)
         except DroppedError as dropped:
@@ -304,7 +314,7 @@ class Agent:
         self._udp.send(packet, address)
 
     def _seal(self, parts: Sequence[Part]) -> bytes:
-        return self._keyring.seal(encode(self.id, self.boot, parts))
+        return self._keyring.seal(encode(self.id, self.boot, parts, self._cluster))
 
     def _tell(self, event: Event) -> None:
         for watcher in self.watch:
@@ -335,6 +345,14 @@ class Agent:
     def set_fact(self, key: bytes, value: bytes) -> None:
         """value empty: removes the key."""
         self._apply(self._core.set_fact(key, value, trio.current_time()))
+
+    def be_of(self, cluster_id: str) -> None:
+        """cluster_id: 32 hex digits. From now on all packets say it, and those of another cluster are dropped."""
+        self._cluster = bytes.fromhex(cluster_id)[:CLUSTER_BYTES]
+
+    def strangers(self) -> list[str]:
+        """From where packets of another cluster of our name and key came lately."""
+        return self._strangers.heard(trio.current_time())
 
     def set_hot(self, value: bytes) -> None:
         self._apply(self._core.set_hot(value, trio.current_time()))

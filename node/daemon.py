@@ -120,7 +120,10 @@ class Daemon:
         address = await agent.bind((await listener.bind()).port)
         members.own = joining.node_fact(self._config, address.host)
         agent.set_fact(facts.NODE, facts.pack_node(members.own))
+        self._hello = hello
         if layout is not None:
+            agent.be_of(layout.cluster_id)
+            hello.cluster_id = layout.cluster_id
             forming.tell(members, layout)
         history = History(members)
         try:
@@ -239,6 +242,8 @@ class Daemon:
         if layout is None:
             path = directory.path / "layout"
             layout = await forming.form(parts.members, path, self._config.cluster.id, self._founding, say)
+            parts.agent.be_of(layout.cluster_id)
+            self._hello.cluster_id = layout.cluster_id
         parts.layout = layout
         parts.guard = forming.LayoutGuard(parts.members, layout)
         cluster = self._config.cluster.id

@@ -69,7 +69,7 @@ def node_fact(config: Config, reached_at: str) -> NodeFact:
 def hello(config: Config, boot: int) -> Hello:
     """What both ends of a link to this node must agree on, and who speaks."""
     return Hello(
-        cluster_id=config.cluster.id,
+        cluster=config.cluster.id,
         node=config.node.name,
         shard_count=config.cluster.shard_count,
         dim=config.storage.dim,

@@ -106,11 +106,16 @@ def own_status(parts: Parts) -> dict[str, Any]:
 def whole_status(parts: Parts) -> dict[str, Any]:
     """And its cluster, as it sees it."""
     config, layout = parts.config, parts.layout
-    problems = [*parts.members.problems(), *([parts.guard.problem] if parts.guard else [])]
+    problems = [
+        *parts.members.problems(),
+        *([parts.guard.problem] if parts.guard else []),
+        *_strangers(parts),
+    ]
     return {
         **own_status(parts),
         "boot": parts.boot,
         "cluster": config.cluster.id,
+        "cluster_id": layout.cluster_id if layout else "",
         "version": version("gmco"),
         "shard_count": layout.shard_count if layout else config.cluster.shard_count,
         "dim": config.storage.dim,
@@ -120,6 +125,17 @@ def whole_status(parts: Parts) -> dict[str, Any]:
         "members": members_status(parts),
         "counters": _counters(parts),
     }
+
+
+def _strangers(parts: Parts) -> list[str]:
+    """What a person should mend, in a sentence."""
+    found = parts.agent.strangers()
+    if not found or parts.layout is None:
+        return []
+    return [
+        f"other_cluster: {', '.join(found[:5])} speaks with our cluster.id and key and is of another cluster than "
+        f"{parts.layout.cluster_id}; nothing of it is taken: give one of the two another cluster.id, or this node its own data"
+    ]
 
 
 def members_status(parts: Parts) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from node.members import Members
 from node.routing import GossipCluster
 from node.status import members_status
 from router.layout import Placement
+from router.planning import first_layout
 from tests.unit.node.gossips import FakeGossip, Hub
 from tests.unit.node.peers import on_trio
 from tests.unit.node.test_bootstrap import fact

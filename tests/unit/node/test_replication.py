@@ -192,3 +192,48 @@ def test_a_long_poll_is_no_lag_and_everything_else_is() -> None:
     assert lag(300, following=False) == 300, "the stream is cut"
     assert lag(300, behind=2, old_ms=70) == 370
     assert bound < 2_000, "routing must hear of it before it looks away"
+
+
+def witnessed(former: Placement | None = None) -> Progress:
+    placement = Placement((("a", 1), ("b", 1)), witness=("w", 9))
+    if former is not None:
+        placement = placement.after(former)
+    return Progress("a", placement, epoch=4, began=7)
+
+
+def test_a_witness_is_no_disk() -> None:
+    progress = witnessed()
+    progress.durable(10, 0.0)
+    progress.remember("w", 9, 4)
+    assert (progress.reached("primary"), progress.reached("quorum"), progress.reached("all")) == (10, 0, 0)
+    assert progress.holders(10) == 1
+    progress.count("w", 10)
+    assert progress.reached("quorum") == 0, "whatever it may claim"
+    progress.count("b", 9)
+    assert (progress.reached("quorum"), progress.on_majority, progress.established) == (9, True, True)
+
+
+def test_nothing_is_on_a_quorum_before_those_left_behind_can_elect_nobody() -> None:
+    """b was taken out while it was away; it and the witness would be a majority of what it knows of."""
+    former = Placement((("a", 1), ("b", 1)), witness=("w", 9))
+    progress = Progress("a", Placement((("a", 1),), witness=("w", 9)).after(former), epoch=4, began=7)
+    progress.durable(10, 0.0)
+    assert (progress.on_majority, progress.reached("quorum"), progress.reached("all")) == (True, 0, 0)
+    assert not progress.established
+    progress.remember("w", 8, 4)
+    progress.remember("w", 9, 3)
+    assert progress.reached("quorum") == 0, "another vote's memory, and of another epoch"
+    progress.remember("w", 9, 4)
+    assert (progress.reached("quorum"), progress.established) == (10, True)
+
+
+def test_of_two_disks_one_that_is_gone_is_made_up_for_by_the_witnesss_memory() -> None:
+    progress = witnessed()
+    progress.durable(10, 0.0)
+    assert not progress.stuck(4 * 1.5, 1.5), "not for a short absence"
+    assert progress.stuck(4 * 1.5 + 0.1, 1.5)
+    assert not progress.established
+    progress.remember("w", 9, 4)
+    assert progress.established
+    assert progress.reached("quorum") == 0, "for changes of the placement, not for what is written"
+    assert not progress_of(("a", "b", "c")).stuck(1e9, 1.5)
