@@ -62,12 +62,16 @@ class Witnessing:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            while True:
-                news = self._news
-                for primary in {vote.hint[1] for vote in self.votes.values()} - self._following - {""}:
-                    self._following.add(primary)
-                    nursery.start_soon(self._follow, primary)
-                await news.wait()
+            try:
+                while True:
+                    news = self._news
+                    for primary in {vote.hint[1] for vote in self.votes.values()} - self._following - {""}:
+                        self._following.add(primary)
+                        nursery.start_soon(self._follow, primary)
+                    await news.wait()
+            finally:
+                # What comes before it runs again is as good as lost on the way.
+                self._nursery = None
         raise AssertionError("unreachable")
 
     def _tell(self) -> None:
@@ -92,10 +96,10 @@ class Witnessing:
             self._tell()
 
     def _act(self, shard: int, vote: Vote, effects: Sequence[Effect | Remember]) -> None:
-        assert self._nursery is not None
         for effect in effects:
             if isinstance(effect, Persist | Remember):
-                self._nursery.start_soon(self._keep, shard, vote, effect)
+                if self._nursery is not None:
+                    self._nursery.start_soon(self._keep, shard, vote, effect)
             elif isinstance(effect, Tell):
                 self._failover.tell(shard, vote.id, effect.to, effect.message)
 
@@ -117,7 +121,7 @@ class Witnessing:
             vote.on_remembered(effect.epoch, now)
             self._tell()
             return
-        reached("witness.after_promise")
+        reached("failover.after_promise")
         self.counters["promises"] += 1
         self._act(shard, vote, vote.election.on_persisted(effect.epoch, now))
 

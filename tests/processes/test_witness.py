@@ -16,7 +16,7 @@ import gmco
 from tests.processes.cluster import ROOT, Daemon, free_ports, member, put_down
 from tests.processes.ledger import DIM, TIMEOUT_S, Writer, replicas_differ
 
-SETTLE_S = 40.0
+SETTLE_S = 20.0
 SHARDS = 4
 READ_ONLY = {"no_primary", "no_lease", "outcome_unknown", "deadline_exceeded"}
 
@@ -118,6 +118,7 @@ def test_two_hosts_alone_are_read_only_and_a_witness_lets_either_die(tmp_path: P
             assert len(client.search([1.0] * DIM, 10).hits) == 10, "reads go on"
             two.start()
             third.start(wait=False)
+            one.wait_states({"node-3": "alive"}, SETTLE_S)
             wait_alike(client)
 
         joined = gmco_cluster(one, "join", "node-3", "--witness")
