@@ -47,7 +47,6 @@ BUGS = (
 WITNESS_BUGS = (
     "witness-counted",
     "witness-forgets-promise",
-    "witness-forgets-lease",
     "witness-forgets-placement",
     "unsealed",
 )

@@ -25,8 +25,6 @@ class Witness:
         bugs = host.sim.bugs
         if "witness-forgets-promise" in bugs:
             kept = replace(kept, promised=0)
-        if "witness-forgets-lease" in bugs:
-            owes = False
         self.vote = Vote(
             CONFIG,
             host.name,
