@@ -8,6 +8,7 @@
   that after the newest stamp that a majority has echoed. Stamps are the primary's own clock, so clocks need not agree.
 * A reluctant voter (its host is worked at) waits three times as long before it stands: it leads only where nobody else can.
 * `start-wait`: a voter promises nothing for `lease_s` after its own start.
+* A witness (node/witness.py) is this machine, too: among the voters of those who stand, with none of its own, so it never stands.
 """
 
 from __future__ import annotations

@@ -117,8 +117,10 @@ class Plan:
 
 
 def first_layout(members: Iterable[Member], shard_count: int, replication: int, cluster_id: str) -> Layout:
-    """Version 1. Raises ValueError."""
+    """Version 1. Raises ChangeError where nobody holds data; ValueError."""
     everybody = tuple(sorted(members, key=lambda member: member.name))
+    if not _holding(everybody):
+        raise ChangeError("a cluster needs at least one member that holds data", "members")
     held = targets(wanted(_holding(everybody), shard_count, replication))
     return Layout(
         version=1,

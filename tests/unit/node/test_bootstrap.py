@@ -59,6 +59,18 @@ def test_the_smallest_name_makes_it_once_all_say_that_they_see_the_same() -> Non
     assert isinstance(decide(fact("b"), [seen("a", "a b c"), seen("c", "a b c")]), Wait)
 
 
+def test_founders_that_only_witness_found_nothing() -> None:
+    others = [seen("b", "a b c", capacity=0), seen("c", "a b c", capacity=0)]
+    step = decide(fact("a", capacity=0), others)
+    assert isinstance(step, Refuse)
+    assert "only witness" in step.message
+    others = [seen(name, "a b c", replication=2, host=name) for name in "bc"]
+    step = decide(fact("a", capacity=0, replication=2), others)
+    assert isinstance(step, Create)
+    assert set(step.layout.witnesses) == {"a"}
+    assert all("a" not in voters for voters in step.layout.targets)
+
+
 def test_alone_it_needs_nobody() -> None:
     assert isinstance(decide(fact("a", bootstrap=1), []), Create)
 
