@@ -350,6 +350,11 @@ class Daemon:
         witnessing = parts.witnessing = Witnessing(self._name, parts.witnessed, failover, links)
         await supervisor.start(witnessing, name="witnessing")
         failover.witnessed = witnessing
+        for known in parts.members.others():
+            # Told before there was anybody to hear it.
+            if known.alive and known.fact is not None:
+                for shard, epoch in known.led.items():
+                    failover.hear(shard, epoch, known.name)
         self._handlers |= {op: coded(handler) for op, handler in witnessing.handlers().items()}
         snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
         self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}

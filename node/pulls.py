@@ -7,7 +7,7 @@ answer  [STREAM, epoch, stamp, primary's last, lag ms, raw records]
         [FORK, epoch, stamp, [epoch, sequence] at or before which the logs part]
         [NOT_PRIMARY, epoch, name]   of the primary that the answerer knows, or 0 and ""
 beat    [id of the vote, epoch that the witness follows, epoch below which it takes nothing, epoch that it remembers, echo | nil]
-answer  [BEATEN, epoch, stamp, the epoch if its record is on a majority of the disks, or 0, whether the placement names that vote]
+answer  [BEATEN, epoch, stamp, whether the witness is to remember the epoch, whether the placement names that vote]
         or NOT_PRIMARY
 """
 
@@ -161,15 +161,15 @@ def read_beat(body: Any) -> Beat:
 
 @dataclass(frozen=True, slots=True)
 class Beaten:
-    """settled: the epoch, once its record is on a majority of the voters' disks; 0 before. named: the vote counts."""
+    """remember: the epoch is one that no later primary may lack. named: the vote counts."""
 
     epoch: int
     stamp: float
-    settled: int
+    remember: bool
     named: bool
 
     def body(self) -> list[Any]:
-        return [BEATEN, self.epoch, self.stamp, self.settled, self.named]
+        return [BEATEN, self.epoch, self.stamp, self.remember, self.named]
 
 
 def read_beaten(body: Any) -> Beaten | NotPrimary:
@@ -180,7 +180,7 @@ def read_beaten(body: Any) -> Beaten | NotPrimary:
         if not isinstance(answer, NotPrimary):
             raise ValueError(f"an answer to a beat of kind {kind!r}")
         return answer
-    stamp, settled, named, *_ = rest
-    if type(named) is not bool:
-        raise TypeError("whether a vote is named is true or false")
-    return Beaten(_epoch(epoch), _stamp(stamp), _epoch(settled), named)
+    stamp, remember, named, *_ = rest
+    if type(remember) is not bool or type(named) is not bool:
+        raise TypeError("what a witness is told of its vote is true or false")
+    return Beaten(_epoch(epoch), _stamp(stamp), remember, named)

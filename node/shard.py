@@ -594,8 +594,7 @@ class ShardActor:
                 if beat.echo is not None:
                     self.election.on_echo(witness, beat.echo)
             self._tell()
-        settled = reign.epoch if reign.progress.on_majority or reign.insists else 0
-        return Beaten(reign.epoch, now, settled, named)
+        return Beaten(reign.epoch, now, reign.progress.on_majority or reign.insists, named)
 
     def is_level(self, name: str) -> bool:
         """As primary: that follower has all that we have, or is as good as there."""

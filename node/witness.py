@@ -97,7 +97,8 @@ class Vote:
     def on_beaten(self, primary: str, answer: Beaten, now: float) -> list[Effect | Remember]:
         """The primary's answer, at once as good as a stream's: its stamp binds us."""
         election = self.election
-        if not election.takes(answer.epoch):
+        # It has no log whose last epoch would bind it.
+        if not election.takes(answer.epoch) or answer.epoch < election.epoch:
             return []
         followed = self._echo is not None and self._echo[0] == answer.epoch
         effects: list[Effect | Remember] = [*election.on_stream(primary, answer.epoch, now)]
@@ -106,9 +107,9 @@ class Vote:
         self.named = answer.named
         # Its lease begins with our first echo.
         self.beat_at = now + (IDLE_S if not answer.named else self._beat_s if followed else 0.0)
-        if answer.settled > self._remembering:
-            self._remembering = answer.settled
-            effects.append(Remember(answer.settled))
+        if answer.remember and answer.epoch > self._remembering:
+            self._remembering = answer.epoch
+            effects.append(Remember(answer.epoch))
         return effects
 
     def on_remembered(self, epoch: int, now: float) -> None:

@@ -25,10 +25,11 @@ def witnesses(
     """For each shard its witness, or "". Empty when no shard has one."""
     by_name = {member.name: member for member in members}
     count = Counter[str]()
+    ring = Ring(dict.fromkeys(by_name, 1))
     found = []
     for shard, voters in enumerate(targets):
         now = before[shard] if before else ""
-        found.append(choose(by_name, shard, voters, now, count))
+        found.append(choose(by_name, shard, voters, ring, now, count))
         count[found[-1]] += 1
     return tuple(found) if any(found) else ()
 
@@ -37,11 +38,13 @@ def choose(
     members: dict[str, Member],
     shard: int,
     voters: Sequence[str],
+    ring: Ring,
     now: str = "",
     count: Counter[str] | None = None,
     may: Callable[[str], bool] = lambda name: True,
 ) -> str:
-    """The witness of one shard, or "". members: by name. now: who witnesses it. count: how many shards each witnesses already."""
+    """The witness of one shard, or "". members: by name. ring: of all their names. now: who witnesses it. count: how many shards
+    each witnesses already."""
     replicas = [members[name] for name in voters if name in members]
     if len(voters) != REPLICAS or len(replicas) != REPLICAS:
         return ""
@@ -53,9 +56,7 @@ def choose(
     ]
     if not fit:
         return ""
-    rank = {
-        name: place for place, name in enumerate(Ring({one.name: 1 for one in fit}).walk(ring_key(shard)))
-    }
+    rank = {name: place for place, name in enumerate(ring.walk(ring_key(shard)))}
 
     def order(one: Member) -> tuple[bool, bool, bool, bool, int, int]:
         region = any(one.region == other.region for other in replicas)

@@ -130,8 +130,8 @@ class Leading:
                     replica.election.on_echo(source, beat.echo)
                     reign.echoed(replica.store.synced)
             replica.settle()
-        settled = reign.epoch if reign.progress.on_majority or reign.insists else 0
-        replica.send(source, "echoed", Beaten(reign.epoch, clock, settled, named))
+        remember = reign.progress.on_majority or reign.insists
+        replica.send(source, "echoed", Beaten(reign.epoch, clock, remember, named))
 
     def fetched(self, source: str, wanted: Version) -> None:
         replica = self.replica

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.layout import Member
@@ -38,6 +38,7 @@ def members(draw: st.DrawFn) -> list[Member]:
     return found
 
 
+@settings(deadline=None, max_examples=50)
 @given(members(), st.integers(1, 4), st.data())
 def test_the_laws(known: list[Member], replication: int, data: st.DataObject) -> None:
     layout = first_layout(known, SHARDS, replication, "0f" * 16)
