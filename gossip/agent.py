@@ -17,7 +17,8 @@ import structlog
 import trio
 
 from gossip import keyfile
-from gossip.codec import CLUSTER_BYTES, encode
+from gossip.cluster import Cluster
+from gossip.codec import encode
 from gossip.config import PACKET_BYTES_MAX, GossipConfig
 from gossip.decoder import Decoded, decode
 from gossip.drops import Drops
@@ -31,7 +32,6 @@ from gossip.messages import Ack, Address, Claim, Part
 from gossip.paths import Paths
 from gossip.replays import Replays
 from gossip.seeds import Seeds
-from gossip.strangers import Strangers
 from gossip.streams import Streams, StreamStatistics
 from gossip.udp import UdpSockets, UdpStatistics, own_address
 
@@ -122,9 +122,7 @@ class Agent:
         self._paths = Paths(config.udp, config.members_max)
         self._replays = Replays(config.members_max)
         self._drops = Drops()
-        # The first bytes of the cluster's random id; empty while this node knows of none, and takes whom it hears.
-        self._cluster = b""
-        self._strangers = Strangers()
+        self.cluster = Cluster()
         self._oversized = self._watch_errors = 0
         self._told_the_old_at = float("-inf")
 
@@ -249,9 +247,9 @@ class Agent:
     def _open(self, packet: bytes, source: Address, via: Exchange | None) -> Decoded:
         opened = self._keyring.open(packet)
         decoded = decode(opened.plain)
-        if self._cluster and decoded.cluster and decoded.cluster != self._cluster:
+        if self.cluster.is_other(decoded.cluster):
             where = via.remote if via is not None else str(source)
-            if self._strangers.note(where, trio.current_time()) and decoded.parts:
+            if self.cluster.note(where, trio.current_time()) and decoded.parts:
                 # With nothing in it, so that it is not answered again.
                 self._apply([Send(source, ())], via)
             raise DroppedError("other_cluster_id")
@@ -314,7 +312,7 @@ class Agent:
         self._udp.send(packet, address)
 
     def _seal(self, parts: Sequence[Part]) -> bytes:
-        return self._keyring.seal(encode(self.id, self.boot, parts, self._cluster))
+        return self._keyring.seal(encode(self.id, self.boot, parts, self.cluster.tag))
 
     def _tell(self, event: Event) -> None:
         for watcher in self.watch:
@@ -345,14 +343,6 @@ class Agent:
     def set_fact(self, key: bytes, value: bytes) -> None:
         """value empty: removes the key."""
         self._apply(self._core.set_fact(key, value, trio.current_time()))
-
-    def be_of(self, cluster_id: str) -> None:
-        """cluster_id: 32 hex digits. From now on all packets say it, and those of another cluster are dropped."""
-        self._cluster = bytes.fromhex(cluster_id)[:CLUSTER_BYTES]
-
-    def strangers(self) -> list[str]:
-        """From where packets of another cluster of our name and key came lately."""
-        return self._strangers.heard(trio.current_time())
 
     def set_hot(self, value: bytes) -> None:
         self._apply(self._core.set_hot(value, trio.current_time()))

@@ -122,7 +122,7 @@ class Daemon:
         agent.set_fact(facts.NODE, facts.pack_node(members.own))
         self._hello = hello
         if layout is not None:
-            agent.be_of(layout.cluster_id)
+            agent.cluster.be_of(layout.cluster_id)
             hello.cluster_id = layout.cluster_id
             forming.tell(members, layout)
         history = History(members)
@@ -242,7 +242,7 @@ class Daemon:
         if layout is None:
             path = directory.path / "layout"
             layout = await forming.form(parts.members, path, self._config.cluster.id, self._founding, say)
-            parts.agent.be_of(layout.cluster_id)
+            parts.agent.cluster.be_of(layout.cluster_id)
             self._hello.cluster_id = layout.cluster_id
         parts.layout = layout
         parts.guard = forming.LayoutGuard(parts.members, layout)
@@ -346,16 +346,7 @@ class Daemon:
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
         await supervisor.start(failover, name="failover")
-        assert parts.witnessed is not None
-        witnessing = parts.witnessing = Witnessing(self._name, parts.witnessed, failover, links)
-        await supervisor.start(witnessing, name="witnessing")
-        failover.witnessed = witnessing
-        for known in parts.members.others():
-            # Told before there was anybody to hear it.
-            if known.alive and known.fact is not None:
-                for shard, epoch in known.led.items():
-                    failover.hear(shard, epoch, known.name)
-        self._handlers |= {op: coded(handler) for op, handler in witnessing.handlers().items()}
+        await self._start_witnessing(failover)
         snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
         self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
         await supervisor.start(snapshots, name="snapshots")
@@ -389,6 +380,19 @@ class Daemon:
         await supervisor.start(parts.health, name="health")
         await supervisor.start(publisher, name="publisher")
         publisher.tell_shards()
+
+    async def _start_witnessing(self, failover: Failover) -> None:
+        parts = self._parts
+        assert parts.witnessed is not None
+        witnessing = parts.witnessing = Witnessing(self._name, parts.witnessed, failover, parts.links)
+        await parts.supervisor.start(witnessing, name="witnessing")
+        failover.witnessed = witnessing
+        for known in parts.members.others():
+            # Told before there was anybody to hear it.
+            if known.alive and known.fact is not None:
+                for shard, epoch in known.led.items():
+                    failover.hear(shard, epoch, known.name)
+        self._handlers |= {op: coded(handler) for op, handler in witnessing.handlers().items()}
 
     def _hear_of_primaries(self, event: Event, failover: Failover) -> None:
         """Who leads, for those who were away when it was told."""

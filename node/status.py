@@ -129,7 +129,7 @@ def whole_status(parts: Parts) -> dict[str, Any]:
 
 def _strangers(parts: Parts) -> list[str]:
     """What a person should mend, in a sentence."""
-    found = parts.agent.strangers()
+    found = parts.agent.cluster.strangers(trio.current_time())
     if not found or parts.layout is None:
         return []
     return [
