@@ -27,7 +27,12 @@ MOVES_SHOWN = 40
 SETTABLE = ("region", "zone", "host", "capacity")
 Node = Annotated[str, typer.Argument(metavar="NODE", help="Its node.name, as `gmco nodes` shows it.")]
 Region = Annotated[str | None, typer.Option(help="Else what the node says of itself.")]
-Capacity = Annotated[int | None, typer.Option(min=1, help="Relative: twice the capacity, twice the shards.")]
+Capacity = Annotated[
+    int | None, typer.Option(min=0, help="Relative: twice the capacity, twice the shards; 0: --witness.")
+]
+Witness = Annotated[
+    bool, typer.Option("--witness", help="It holds no data, and votes where there are two replicas.")
+]
 
 
 def ask(action: Any, urls: list[str], timeout: float, **fields: Any) -> dict[str, Any]:
@@ -62,11 +67,15 @@ def join(
     zone: Region = None,
     host: Region = None,
     capacity: Capacity = None,
+    witness: Witness = False,
     urls: Nodes = DEFAULT_NODES,
     output: OutputOption = Output.TABLE,
     timeout: Timeout = 5.0,
 ) -> None:
     """It must run and be known by gossip."""
+    if witness and capacity:
+        fail("bad_argument", "a witness has no capacity: give --witness or --capacity", EXIT_USAGE)
+    capacity = 0 if witness else capacity
     fields = {"node": node, "region": region, "zone": zone, "host": host, "capacity": capacity}
     _print_staged(ask("join", urls, timeout, **fields), output)
 
@@ -174,6 +183,8 @@ def print_plan(made: dict[str, Any]) -> None:
         f"{made['handovers']} shards prefer another primary"
     )
     show.out.print(_balance_table(made["before"], made["after"]))
+    for gain in made["gains"]:
+        show.out.print(gain, markup=False, highlight=False)
     if made["sizes_unknown"]:
         show.err.print(
             f"no size known of {len(made['sizes_unknown'])} shards (silent: {', '.join(made['silent']) or 'nobody'})"
@@ -195,16 +206,17 @@ def _print_layout(reply: dict[str, Any], output: Output) -> None:
     layout = reply["layout"]
     title = f"layout {layout['version']} ({layout['hash']}), {layout['shard_count']} shards × {layout['replication']}"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for name in ("member", "where", "host", "capacity", "replicas", "primaries"):
+    for name in ("member", "where", "host", "capacity", "replicas", "primaries", "witnesses"):
         table.add_column(name, overflow="fold")
     for member, load in zip(layout["members"], layout["balance"], strict=True):
         table.add_row(
             Text(member["name"]),
             Text(f"{member['region']}/{member['zone']}"),
             Text(member["host"]),
-            str(member["capacity"]),
+            str(member["capacity"] or "witness"),
             str(load["replicas"]),
             str(load["primaries"]),
+            str(load["witnesses"]),
         )
     show.out.print(table)
     _print_limits(reply.get("limits", []))
@@ -238,7 +250,7 @@ def _moves_table(moves: list[dict[str, Any]]) -> Table:
 
 def _balance_table(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Table:
     table = Table(header_style="bold")
-    for name in ("member", "replicas", "fair share", "primaries", "bytes"):
+    for name in ("member", "replicas", "fair share", "primaries", "witnesses", "bytes"):
         table.add_column(name, justify="left" if name == "member" else "right")
     old, new = ({load["node"]: load for load in loads} for loads in (before, after))
     for node in sorted({*old, *new}):
@@ -248,6 +260,7 @@ def _balance_table(before: list[dict[str, Any]], after: list[dict[str, Any]]) ->
             _change(was, now, lambda load: str(load["replicas"])),
             _change(was, now, lambda load: f"{load['share']:g}"),
             _change(was, now, lambda load: str(load["primaries"])),
+            _change(was, now, lambda load: str(load["witnesses"])),
             _change(was, now, lambda load: size(load["size_bytes"])),
         )
     return table

@@ -48,7 +48,7 @@ def shards_table(replicas: list[dict[str, Any]]) -> Table:
     for row in replicas:
         by_shard.setdefault(row["shard"], []).append(row)
     table = Table(header_style="bold")
-    for name in ("shard", "primary", "epoch", "log", "items", "users", "replicas", "compared"):
+    for name in ("shard", "primary", "epoch", "log", "items", "users", "replicas", "witness", "compared"):
         table.add_column(
             name, justify="right" if name in ("shard", "epoch", "log", "items", "users") else "left"
         )
@@ -70,9 +70,16 @@ def shards_table(replicas: list[dict[str, Any]]) -> Table:
             str(newest["items"]),
             str(newest["users"]),
             others,
+            _witness(newest),
             primary.get("repair", "") if primary else "",
         )
     return table
+
+
+def _witness(row: dict[str, Any]) -> Text:
+    """By the primary, or whoever has the newest log: yellow while the primary does not hear it."""
+    heard = row["role"] != "primary" or row.get("witness_heard", False)
+    return Text(row.get("witness", ""), style="" if heard else "yellow")
 
 
 def _why(row: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ async def echo_later(peer: str, body: Any) -> Any:
 
 async def peer_link(count: int) -> None:
     def hello(node: str) -> Hello:
-        return Hello(cluster_id="bench", node=node, shard_count=12, dim=8, metric="dot")
+        return Hello(cluster="bench", node=node, shard_count=12, dim=8, metric="dot")
 
     async with trio.open_nursery() as nursery:
         handlers = {"sync": lambda peer, body: body, "async": echo_later}

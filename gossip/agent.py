@@ -17,6 +17,7 @@ import structlog
 import trio
 
 from gossip import keyfile
+from gossip.cluster import Cluster
 from gossip.codec import encode
 from gossip.config import PACKET_BYTES_MAX, GossipConfig
 from gossip.decoder import Decoded, decode
@@ -121,6 +122,7 @@ class Agent:
         self._paths = Paths(config.udp, config.members_max)
         self._replays = Replays(config.members_max)
         self._drops = Drops()
+        self.cluster = Cluster()
         self._oversized = self._watch_errors = 0
         self._told_the_old_at = float("-inf")
 
@@ -232,7 +234,7 @@ class Agent:
         except DroppedError as dropped:
             self._drops.count(dropped.reason, exchange.remote, now)
             # An old packet may be a slow one; anything else says that the peer is none of us, or broken.
-            return dropped.reason in ("replayed", "old_boot")
+            return dropped.reason in ("replayed", "old_boot", "other_cluster_id")
         exchange.proven = True
         if any(type(part) is Ack for part in decoded.parts) and self._paths.on_stream_ack(
             exchange.address, now
@@ -245,6 +247,12 @@ class Agent:
     def _open(self, packet: bytes, source: Address, via: Exchange | None) -> Decoded:
         opened = self._keyring.open(packet)
         decoded = decode(opened.plain)
+        if self.cluster.is_other(decoded.cluster):
+            where = via.remote if via is not None else str(source)
+            if self.cluster.note(where, trio.current_time()) and decoded.parts:
+                # With nothing in it, so that it is not answered again.
+                self._apply([Send(source, ())], via)
+            raise DroppedError("other_cluster_id")
         try:
             self._replays.check(decoded.sender, decoded.boot, opened.session, opened.counter)
         except DroppedError as dropped:
@@ -304,7 +312,7 @@ class Agent:
         self._udp.send(packet, address)
 
     def _seal(self, parts: Sequence[Part]) -> bytes:
-        return self._keyring.seal(encode(self.id, self.boot, parts))
+        return self._keyring.seal(encode(self.id, self.boot, parts, self.cluster.tag))
 
     def _tell(self, event: Event) -> None:
         for watcher in self.watch:

@@ -40,8 +40,10 @@ GOSSIP_VERSION = 1
 BUCKETS = 64
 # Envelope and tag (gossip/keyring.py).
 SEAL_BYTES = 19 + 16
-# Versions, sender and the longest boot.
-_HEAD_BYTES_MAX = 2 + 8 + 5
+# Of the cluster's random id so much travels.
+CLUSTER_BYTES = 8
+# Versions, sender, the longest boot, and the part that says which cluster this is.
+_HEAD_BYTES_MAX = 2 + 8 + 5 + 2 + CLUSTER_BYTES
 # What `size_of` of the parts of one UDP packet may sum up to.
 PARTS_BYTES_MAX = PACKET_BYTES_MAX - SEAL_BYTES - _HEAD_BYTES_MAX
 # The same for one packet on a stream.
@@ -77,6 +79,7 @@ class Kind(IntEnum):
     DIGEST = 10
     WANT = 11
     JOIN = 12
+    CLUSTER = 13
 
 
 def _varint_size(value: int) -> int:
@@ -210,11 +213,14 @@ _WRITERS: dict[type, Callable[[Any], bytes]] = {
 }
 
 
-def encode(sender: int, boot: int, parts: Sequence[Part]) -> bytes:
-    """What gets sealed: versions, who speaks, and the parts."""
+def encode(sender: int, boot: int, parts: Sequence[Part], cluster: bytes = b"") -> bytes:
+    """What gets sealed: versions, who speaks, of which cluster (CLUSTER_BYTES of its random id; empty: not known), the parts."""
     assert boot < U32
     assert len(parts) <= PARTS_MAX
     out = [HEAD.pack(GOSSIP_VERSION, GOSSIP_VERSION, sender), _varint(boot)]
+    if cluster:
+        assert len(cluster) == CLUSTER_BYTES
+        out.append(_part(Kind.CLUSTER, cluster))
     out += [_WRITERS[type(part)](part) for part in parts]
     return b"".join(out)
 

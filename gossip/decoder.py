@@ -13,6 +13,7 @@ from typing import NamedTuple
 from gossip.addresses import address_of
 from gossip.codec import (
     BUCKETS,
+    CLUSTER_BYTES,
     GOSSIP_VERSION,
     HASHES,
     HEAD,
@@ -60,11 +61,14 @@ _new = tuple.__new__
 
 
 class Decoded(NamedTuple):
+    """cluster: CLUSTER_BYTES of its random id; empty when the sender knows of none, or says nothing of it."""
+
     version_min: int
     version_max: int
     sender: int
     boot: int
     parts: tuple[Part, ...]
+    cluster: bytes = b""
 
 
 # Each reader gets the packet, and where the part's fields begin and end in it.
@@ -241,6 +245,7 @@ def decode(plain: bytes) -> Decoded:
     if not sender:
         raise CodecError("malformed")
     parts: list[Part] = []
+    cluster = b""
     while at < size:
         if at + 1 == size:
             raise CodecError("malformed")
@@ -254,7 +259,11 @@ def decode(plain: bytes) -> Decoded:
         reader = _READERS.get(kind)
         if reader is not None:
             parts.append(reader(plain, at, end))
+        elif kind == Kind.CLUSTER:
+            if length < CLUSTER_BYTES:
+                raise CodecError("malformed")
+            cluster = plain[at : at + CLUSTER_BYTES]
         at = end
     if len(parts) > PARTS_MAX:
         raise CodecError("too_large")
-    return Decoded(lowest, highest, sender, boot, tuple(parts))
+    return Decoded(lowest, highest, sender, boot, tuple(parts), cluster)

@@ -10,6 +10,7 @@ DropReason = Literal[
     "not_gossip",
     "newer_version",
     "other_cluster",
+    "other_cluster_id",
     "unknown_key",
     "forged",
     "replayed",

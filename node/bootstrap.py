@@ -107,6 +107,11 @@ def decide(own: NodeFact, others: Sequence[Seen], *, id: str = "", cluster_id: s
     # Somebody who is alive and not heard yet may be the one that has a layout.
     heard = all(one.fact is not None for one in alive) and not any(one.partial for one in others)
     agreed = heard and all(one.view == view for one in founders)
+    if not own.capacity and not any(fact.capacity for fact in facts):
+        return Refuse(
+            "config_mismatch",
+            f"all founders ({', '.join(names)}) only witness: set node.witness = false where data is to be",
+        )
     if names[0] == own.name and agreed:
         members = [replace(own.member(), id=id)]
         members += [replace(one.fact.member(), id=one.id) for one in founders if one.fact is not None]

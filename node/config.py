@@ -60,6 +60,8 @@ class NodeConfig:
     zone: str = "local"
     host: str = ""  # empty: the node's name
     capacity: int = field(default=1, metadata={"range": (1, 1_000_000)})
+    # Holds no data: votes for shards of two replicas, and passes requests on. Counts when it becomes a member.
+    witness: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,6 +56,7 @@ from node.status import READY, Parts, own_status
 from node.steering import Steering
 from node.supervisor import RestartPolicy, Supervisor
 from node.web import make_http_server
+from node.witnessing import Witnessing
 from router.caching import Caches, CacheSizes
 from router.coordinator import Coordinator
 from router.errors import RequestError
@@ -130,7 +131,10 @@ class Daemon:
         address = await agent.bind((await listener.bind()).port)
         members.own = joining.node_fact(self._config, address.host)
         agent.set_fact(facts.NODE, facts.pack_node(members.own))
+        self._hello = hello
         if layout is not None:
+            agent.cluster.be_of(layout.cluster_id)
+            hello.cluster_id = layout.cluster_id
             forming.tell(members, layout)
         history = History(members)
         try:
@@ -263,6 +267,8 @@ class Daemon:
         if layout is None:
             path = directory.path / "layout"
             layout = await forming.form(parts.members, path, self._config.cluster.id, self._founding, say)
+            parts.agent.cluster.be_of(layout.cluster_id)
+            self._hello.cluster_id = layout.cluster_id
         parts.layout = layout
         parts.guard = forming.LayoutGuard(parts.members, layout)
         cluster = self._config.cluster.id
@@ -277,6 +283,9 @@ class Daemon:
         kept = Promises(path, await thread(promises.load, path), thread)
         await parts.supervisor.start(kept, name="promises")
         parts.promises = kept
+        path = directory.path / "witnessed"
+        parts.witnessed = Promises(path, await thread(promises.load, path), thread)
+        await parts.supervisor.start(parts.witnessed, name="witnessed")
         parts.holdings = Holdings(
             self._config, directory.path, directory.identity.node_id, kept, parts.supervisor, parts.links,
             lambda shard: self._others_vote(placements, shard), founders.leave,
@@ -374,6 +383,7 @@ class Daemon:
         self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
         await supervisor.start(failover, name="failover")
+        await self._start_witnessing(failover)
         snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
         self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
         await supervisor.start(snapshots, name="snapshots")
@@ -415,6 +425,14 @@ class Daemon:
         self._hear_of_primaries(None, failover)
         await supervisor.start(Noting(founders, parts.members, shards), name="founders")
 
+    async def _start_witnessing(self, failover: Failover) -> None:
+        parts = self._parts
+        assert parts.witnessed is not None
+        witnessing = parts.witnessing = Witnessing(self._name, parts.witnessed, failover, parts.links)
+        await parts.supervisor.start(witnessing, name="witnessing")
+        failover.witnessed = witnessing
+        self._handlers |= {op: coded(handler) for op, handler in witnessing.handlers().items()}
+
     async def _start_caches(self, coordinator: Coordinator, shard_count: int, stack: AsyncExitStack) -> None:
         parts, config = self._parts, self._config.cache
         assert parts.feed is not None
@@ -450,9 +468,7 @@ class Daemon:
             # Not before it has said its name: by that it is reached.
             if (event is None or known.id == event.id) and known.alive and known.fact is not None:
                 for shard, epoch in known.led.items():
-                    actor = self._parts.shards.get(shard)
-                    if actor is not None:
-                        failover.hear(actor, epoch, known.name)
+                    failover.hear(shard, epoch, known.name)
 
     def _limits(self) -> Limits:
         config = self._config

@@ -8,6 +8,7 @@
   that after the newest stamp that a majority has echoed. Stamps are the primary's own clock, so clocks need not agree.
 * A reluctant voter (its host is worked at) waits three times as long before it stands: it leads only where nobody else can.
 * `start-wait`: a voter promises nothing for `lease_s` after its own start.
+* A witness (node/witness.py) is this machine, too: among the voters of those who stand, with none of its own, so it never stands.
 """
 
 from __future__ import annotations
@@ -229,6 +230,10 @@ class Election:
     def overruled(self) -> bool:
         """A primary was forced, and our log does not have its record."""
         return max(self.seen, self.bound) // FORCED_EVERY > self._last().epoch // FORCED_EVERY
+
+    @property
+    def lease_s(self) -> float:
+        return self._config.lease_s
 
     @property
     def majority(self) -> int:

@@ -7,7 +7,7 @@ host cost their voters one message and one write, not one each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import structlog
 import trio
@@ -65,6 +65,15 @@ _KINDS: dict[str, type[Any]] = {
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
+class Voting(Protocol):
+    """The shards of which this node is a witness, as far as messages of elections concern them."""
+
+    def on_message(self, peer: str, shard: int, message: Message) -> bool:
+        """Whether it was for a witness."""
+
+    def hear(self, shard: int, epoch: int, primary: str) -> None: ...
+
+
 class Failover:
     """Drives the election of each shard in `shards`, which may be filled later."""
 
@@ -82,6 +91,7 @@ class Failover:
         self._on_change = on_change
         # Who shall lead nothing while another can.
         self.rests: Callable[[str], bool] = lambda _name: False
+        self.witnessed: Voting | None = None
         self._reluctant = False
         self._outbox: dict[str, list[list[Any]]] = {}
         self._sending: set[str] = set()
@@ -133,8 +143,8 @@ class Failover:
             elif isinstance(effect, Tell):
                 message = effect.message
                 if isinstance(message, Ask | Stand) and not actor.founding:
-                    message = message._replace(to=dict(actor.placement.voters).get(effect.to, 0))
-                self._tell(actor, effect.to, [_NAMES[type(message)], *message])
+                    message = message._replace(to=dict(actor.placement.votes).get(effect.to, 0))
+                self.tell(actor.shard, actor.replica.replica_id, effect.to, message)
             elif isinstance(effect, Lead):
                 self.counters["elections"] += 1
                 self._nursery.start_soon(self._lead, actor, effect)
@@ -161,7 +171,7 @@ class Failover:
             self.counters["led"] += 1
             self._on_change()
             for name in self._links:
-                self._tell(actor, name, [_NAMES[_Leads], epoch])
+                self.tell(actor.shard, actor.replica.replica_id, name, _Leads(epoch))
 
     def _present(self, actor: ShardActor) -> Placement:
         if not actor.founding:
@@ -174,13 +184,14 @@ class Failover:
 
     # -- messages -------------------------------------------------------------------------------------------------
 
-    def _tell(self, actor: ShardActor, to: str, message: list[Any]) -> None:
+    def tell(self, shard: int, id_: int, to: str, message: Message | _Leads) -> None:
+        """id_: of the replica, or of the vote, that speaks."""
         waiting = self._outbox.setdefault(to, [])
         if len(waiting) >= MESSAGES_MAX:
             # As if the network had lost it: elections are made for that.
             self.counters["dropped"] += 1
             return
-        waiting.append([actor.shard, actor.replica.replica_id, *message])
+        waiting.append([shard, id_, _NAMES[type(message)], *message])
         if to not in self._sending:
             self._sending.add(to)
             assert self._nursery is not None
@@ -208,23 +219,27 @@ class Failover:
             except (TypeError, ValueError):  # of a newer version, or broken: the others still count
                 self.counters["dropped"] += 1
                 continue
-            if actor is None:
-                continue
             if isinstance(message, _Leads):
-                self.hear(actor, message.epoch, peer)
-            else:
+                self.hear(shard, message.epoch, peer)
+            elif self.witnessed is not None and self.witnessed.on_message(peer, shard, message):
+                continue
+            elif actor is not None:
                 self._on_message(actor, peer, replica, message, now)
 
-    def hear(self, actor: ShardActor, epoch: int, primary: str) -> None:
+    def hear(self, shard: int, epoch: int, primary: str) -> None:
         """That node says, to us or by gossip, that it leads in that epoch."""
-        self.act(actor, actor.election.on_leader(epoch, trio.current_time()))
-        actor.hear_of(epoch, primary)
+        if self.witnessed is not None:
+            self.witnessed.hear(shard, epoch, primary)
+        actor = self._shards.get(shard)
+        if actor is not None:
+            self.act(actor, actor.election.on_leader(epoch, trio.current_time()))
+            actor.hear_of(epoch, primary)
 
     def _on_message(self, actor: ShardActor, peer: str, replica: int, message: Message, now: float) -> None:
         named = isinstance(message, Ask | Stand) and message.to == actor.replica.replica_id
         if actor.founding:
             self._founders[actor.shard, peer] = replica
-        elif not named and not actor.placement.is_voter(peer, replica):
+        elif not named and not actor.placement.may_elect(peer, replica):
             # A learner, or a replica on a new disk: nothing that it says counts before an epoch names it.
             if isinstance(message, Ask | Stand):
                 refusal = Refuse(message.epoch, actor.election.promised, "learner")
@@ -296,19 +311,23 @@ class Failover:
                     nursery.start_soon(one, actor)
 
     def change(self, actor: ShardActor, new: Placement) -> bool:
-        """As primary: open an epoch under `new`. False when the present epoch is not settled yet, or the lease is not held:
+        """As primary: open an epoch under `new`. False when the present epoch is not established yet, or the lease is not held:
         one change at a time (`overlap`)."""
         reign = actor.reign
-        if reign is None or not actor.settled or not actor.election.may_acknowledge(trio.current_time()):
+        if reign is None or not actor.election.may_acknowledge(trio.current_time()):
+            return False
+        if not reign.progress.established:
+            reign.insists = reign.progress.stuck(trio.current_time() - reign.since, actor.election.lease_s)
             return False
         log.info(
             "placement changes",
             shard=actor.shard,
             voters=new.names,
             learners=[name for name, _ in new.learners],
+            witness=new.witness_name,
         )
-        self._next[actor.shard] = new
-        self.act(actor, actor.election.renew(trio.current_time(), new.names))
+        self._next[actor.shard] = new.after(actor.placement)
+        self.act(actor, actor.election.renew(trio.current_time(), new.electors))
         return True
 
     def force(self, actor: ShardActor, epoch: int) -> None:

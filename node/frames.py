@@ -22,6 +22,7 @@ MAGIC = b"GMCOpeer"
 BULK_MAGIC = b"GMCObulk"
 # 2: a pull names the last record by its checksum, and answers say how old they may be.
 # 3: an asker takes a read back, and a search says how urgent it is and for whom.
+#    A hello tells the cluster's name from its random id.
 FORMAT_MIN = 3
 FORMAT_MAX = 3
 HELLO_BYTES_MAX = 4 << 10
@@ -35,19 +36,29 @@ READS = frozenset({"search", "get", "score"})
 BROKEN_MSGPACK = (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException)
 
 
+OTHER_CLUSTER = "other_cluster"
+
+
 class ProtocolError(Exception):
     """The remote sent what no peer sends. Its connection is closed; nothing else is affected."""
 
 
 class HelloRefusedError(Exception):
-    """The two nodes do not belong together; the sentence says in what they differ."""
+    """The two nodes do not belong together; the sentence says in what they differ. code: stable, sent along."""
+
+    def __init__(self, message: str, code: str = "refused") -> None:
+        self.code = code
+        super().__init__(message)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Hello:
-    """Who speaks. Everything but `node` and `boot` must agree between two peers."""
+    """Who speaks. Everything but `node` and `boot` must agree between two peers, and `cluster_id` where both know it.
 
-    cluster_id: str
+    cluster: the configured `cluster.id`. cluster_id: the random one of the layout; set once that is known, empty before.
+    """
+
+    cluster: str
     node: str
     shard_count: int
     dim: int
@@ -55,18 +66,20 @@ class Hello:
     class_width: int = 256
     # Counts the starts of this node, so that an old process can be told from a new one.
     boot: int = 0
+    cluster_id: str = ""
     format_min: int = FORMAT_MIN
     format_max: int = FORMAT_MAX
 
 
-def pack_hello(hello: Hello, refused: str | None = None) -> bytes:
+def pack_hello(hello: Hello, refused: HelloRefusedError | None = None) -> bytes:
     """The hello as a frame's payload; unknown keys are skipped by the reader, so fields can be added."""
-    packed: bytes = msgpack.packb(asdict(hello) | {"refused": refused})
+    why = {"refused": None} if refused is None else {"refused": str(refused), "code": refused.code}
+    packed: bytes = msgpack.packb(asdict(hello) | why)
     return packed
 
 
-def unpack_hello(payload: bytes | memoryview) -> tuple[Hello, str | None]:
-    """A hello and the reason it was refused with. Raises ProtocolError."""
+def unpack_hello(payload: bytes | memoryview) -> tuple[Hello, HelloRefusedError | None]:
+    """A hello and what it was refused with. Raises ProtocolError."""
     try:
         said = msgpack.unpackb(payload)
     except BROKEN_MSGPACK as error:
@@ -75,13 +88,16 @@ def unpack_hello(payload: bytes | memoryview) -> tuple[Hello, str | None]:
         raise ProtocolError("the hello is not a map")
     values: dict[str, Any] = {}
     for one in fields(Hello):
-        value = said.get(one.name)
-        wanted = str if one.name in ("cluster_id", "node", "metric") else int
+        # A node that knows of no layout may leave its id out.
+        value = said.get(one.name, "" if one.name == "cluster_id" else None)
+        wanted = str if one.name in ("cluster", "cluster_id", "node", "metric") else int
         if type(value) is not wanted:
             raise ProtocolError(f"the hello's {one.name} is missing or of a wrong type")
         values[one.name] = value
-    refused = said.get("refused")
-    return Hello(**values), refused if isinstance(refused, str) else None
+    refused, code = said.get("refused"), said.get("code")
+    if not isinstance(refused, str):
+        return Hello(**values), None
+    return Hello(**values), HelloRefusedError(refused, code if isinstance(code, str) else "refused")
 
 
 def check_hello(mine: Hello, theirs: Hello) -> int:
@@ -92,7 +108,18 @@ def check_hello(mine: Hello, theirs: Hello) -> int:
             f"no common format: {mine.node} speaks {mine.format_min}–{mine.format_max}, "
             f"{theirs.node} speaks {theirs.format_min}–{theirs.format_max}; upgrade the older one"
         )
-    for key in ("cluster_id", "shard_count", "dim", "metric", "class_width"):
+    if mine.cluster != theirs.cluster:
+        raise HelloRefusedError(
+            f"different cluster: {mine.node} is of {mine.cluster!r}, {theirs.node} is of {theirs.cluster!r}",
+            OTHER_CLUSTER,
+        )
+    if mine.cluster_id and theirs.cluster_id and mine.cluster_id != theirs.cluster_id:
+        raise HelloRefusedError(
+            f"another cluster of the same name: {mine.node} goes by a layout of {mine.cluster_id}, {theirs.node} by one of "
+            f"{theirs.cluster_id}; give one of the two another cluster.id, or this node the data directory that belongs to it",
+            OTHER_CLUSTER,
+        )
+    for key in ("shard_count", "dim", "metric", "class_width"):
         here, there = getattr(mine, key), getattr(theirs, key)
         if here != there:
             raise HelloRefusedError(f"different {key}: {mine.node} has {here!r}, {theirs.node} has {there!r}")

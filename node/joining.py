@@ -54,7 +54,7 @@ def node_fact(config: Config, reached_at: str) -> NodeFact:
         region=node.region,
         zone=node.zone,
         host=node.host,
-        capacity=node.capacity,
+        capacity=0 if node.witness else node.capacity,
         app=listen.app_url or f"ws://{Address(host, listen.app_port)}",
         http=_http(config, host),
         version=version("gmco"),
@@ -78,7 +78,7 @@ def _http(config: Config, host: str) -> str:
 def hello(config: Config, boot: int) -> Hello:
     """What both ends of a link to this node must agree on, and who speaks."""
     return Hello(
-        cluster_id=config.cluster.id,
+        cluster=config.cluster.id,
         node=config.node.name,
         shard_count=config.cluster.shard_count,
         dim=config.storage.dim,

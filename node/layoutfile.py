@@ -11,8 +11,8 @@ from router.layout import Layout, Member
 from storage.errors import DamagedFileError, ForeignDataError, FormatError
 from storage.files import write_atomically
 
-# 2: targets, base and cluster_id; members have ids. A file of format 1 is read as a layout of form 1.
-FORMAT = 2
+# 3: witnesses.
+FORMAT = 3
 ADVICE = "restore it, or remove it so that this node takes the layout of the others"
 
 
@@ -25,16 +25,17 @@ def load(path: Path, *, cluster: str) -> Layout | None:
     try:
         known: dict[str, Any] = json.loads(text)
         version, owner = known["format"], known["cluster"]
-        if version not in (1, FORMAT):
-            raise FormatError(f"{path} has format {version}, this build knows 1 and {FORMAT}")
+        if version != FORMAT:
+            raise FormatError(f"{path} has format {version}, this build knows {FORMAT}")
         layout = Layout(
             version=known["version"],
             shard_count=known["shard_count"],
             replication=known["replication"],
             members=tuple(Member(**member) for member in known["members"]),
-            targets=tuple(tuple(voters) for voters in known.get("targets", ())),
-            base=known.get("base", ""),
-            cluster_id=known.get("cluster_id", ""),
+            targets=tuple(tuple(voters) for voters in known["targets"]),
+            witnesses=tuple(known["witnesses"]),
+            base=known["base"],
+            cluster_id=known["cluster_id"],
         )
         hash_ = known["hash"]
     except (ValueError, KeyError, TypeError) as error:
@@ -58,6 +59,7 @@ def save(path: Path, layout: Layout, *, cluster: str) -> None:
         "replication": layout.replication,
         "members": [asdict(member) for member in layout.members],
         "targets": [list(voters) for voters in layout.targets],
+        "witnesses": list(layout.witnesses),
         "hash": layout.hash,
     }
     write_atomically(path, json.dumps(fields, indent=1).encode() + b"\n")

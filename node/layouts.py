@@ -353,4 +353,5 @@ def _told(made: Plan) -> dict[str, Any]:
         "before": [asdict(load) for load in made.before],
         "after": [asdict(load) for load in made.after],
         "limits": [asdict(limit) for limit in made.limits],
+        "gains": list(made.gains),
     }

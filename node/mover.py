@@ -22,10 +22,11 @@ from node.failover import Failover
 from node.holdings import Holdings
 from node.links import Links
 from node.members import Members
-from node.move import Bring, Done, HandOver, Place, Sight, Wait
+from node.move import Bring, BringWitness, Done, HandOver, Place, Sight, Wait
 from node.peerlink import PeerError, RemoteError
 from node.placement import Placement
 from node.shard import ShardActor
+from router import moving
 from router.layout import Layout
 from router.moving import stand_ins
 from router.ports import NodeError
@@ -43,6 +44,8 @@ LOOK_REST_S = 0.05
 # Replicas are opened one after the other there; and what was asked may be asked again.
 CALL_S = 10.0
 AGAIN_S = 1.0
+# A witness that has been silent for so long, and is alive, may have lost its vote with its disk.
+WITNESS_SILENT_S = 5.0
 # Replicas that may go from a node at the same time; two may come to one (node/arrivals.py).
 OUT_MAX = 2
 
@@ -72,6 +75,8 @@ class Mover:
         self._placed: dict[int, Placement] = {}
         # shard → node → replica id: brought by us, and in no placement yet.
         self._brought: dict[int, dict[str, int]] = {}
+        # shard → node → id of the vote of a witness that was brought by us.
+        self._votes: dict[int, dict[str, int]] = {}
         # Shards for which something is being carried out; whom each of them is asking for a replica.
         self._busy: set[int] = set()
         self._bringing: dict[int, str] = {}
@@ -129,11 +134,18 @@ class Mover:
         nursery.start_soon(self._carry_out, actor, step, gone, purge)
 
     async def _carry_out(
-        self, actor: ShardActor, step: Bring | HandOver | None, gone: Sequence[str], purge: bool
+        self,
+        actor: ShardActor,
+        step: Bring | BringWitness | HandOver | None,
+        gone: Sequence[str],
+        purge: bool,
     ) -> None:
         try:
             if isinstance(step, Bring):
                 await self._bring(actor, step.name)
+            elif isinstance(step, BringWitness):
+                vote = await self._ask(actor, step.name, "witness")
+                self._votes.setdefault(actor.shard, {})[step.name] = vote
             elif isinstance(step, HandOver):
                 await self._failover.hand_over(actor, step.to)
                 self.counters["handed_over"] += 1
@@ -189,6 +201,7 @@ class Mover:
     def _forget(self, shard: int) -> None:
         """Of a shard that we lead no more."""
         self._brought.pop(shard, None)
+        self._votes.pop(shard, None)
         self.stages.pop(shard, None)
         self._fit.see(shard, False, 0.0)
         self._placed.pop(shard, None)
@@ -224,7 +237,7 @@ class Mover:
                 # Its log is empty: it knows no voter whom it could ask, and what gossip told once it may have come to doubt.
                 epoch, primary = self._members.reign(shard)
                 if primary:
-                    self._failover.hear(actor, epoch, primary)
+                    self._failover.hear(shard, epoch, primary)
 
     def _whole(self, actor: ShardActor) -> bool:
         return all(self._alive(name) for name in actor.placement.names)
@@ -253,6 +266,22 @@ class Mover:
             return not self._absences.absent(name, ()) and (name in voters or not self._duty.rests(name))
 
         return stand_ins(layout, actor.shard, absent, may, actor.placement.holders)
+
+    def witness(self, actor: ShardActor) -> str:
+        """Who shall vote without data; empty: nobody."""
+        layout = self._layout()
+        if layout is None or actor.shard >= layout.shard_count:
+            return ""
+
+        def may(name: str) -> bool:
+            return not self._absences.absent(name, (actor.placement.witness_name,))
+
+        return moving.witness(layout, actor.shard, self.target(actor), may)
+
+    def _witness_heard(self, actor: ShardActor) -> bool:
+        reign = actor.reign
+        since = max(reign.witness_at, reign.since) if reign is not None else 0.0
+        return trio.current_time() - since < WITNESS_SILENT_S
 
     def _holds(self, shard: int, name: str) -> bool:
         """False only when it says what it holds, and that shard is not in it."""
@@ -283,7 +312,7 @@ class Mover:
         )
         return self._fit.see(actor.shard, fit, trio.current_time()) >= self._config.prefer_first_s
 
-    def _decide(self, actor: ShardActor) -> Bring | HandOver | None:
+    def _decide(self, actor: ShardActor) -> Bring | BringWitness | HandOver | None:
         """The next step, when it is one that takes time; what takes none is done."""
         target = self.target(actor)
         brought = self._brought.get(actor.shard, {})
@@ -298,8 +327,12 @@ class Mover:
             partial(self._holds, actor.shard),
             self._duty.rests,
             self._first_is_fit(actor, target),
+            self._votes.get(actor.shard, {}),
+            self._witness_heard(actor),
         )
-        step = move.next_step(actor.placement, target, sight)
+        if sight.witness_heard and actor.placement.witness is not None:
+            self._votes.pop(actor.shard, None)
+        step = move.next_step(actor.placement, target, sight, self.witness(actor))
         if isinstance(step, Done):
             self.stages.pop(actor.shard, None)
         elif isinstance(step, Wait):
@@ -313,6 +346,9 @@ class Mover:
         elif isinstance(step, HandOver):
             self._say(actor.shard, f"hands over to {step.to}")
             return step
+        elif isinstance(step, BringWitness):
+            self._say(actor.shard, f"asks {step.name} to witness")
+            return step
         elif self._others(actor) >= OUT_MAX:
             self._say(actor.shard, "waits for other moves from this node")
         else:
@@ -320,12 +356,17 @@ class Mover:
             return step
         return None
 
-    async def _bring(self, actor: ShardActor, name: str) -> None:
+    async def _ask(self, actor: ShardActor, name: str, op: str) -> int:
+        """For a replica, or a vote: its id. Raises PeerError."""
         epoch, primary = actor.hint
         link = await self._links.add(name)
-        replica = await link.call("bring", [actor.shard, epoch, primary], CALL_S)
-        if type(replica) is not int:
-            raise RemoteError("bad_answer", f"{name} sent what is no replica's id: {replica!r:.40}")
+        id_ = await link.call(op, [actor.shard, epoch, primary], CALL_S)
+        if type(id_) is not int:
+            raise RemoteError("bad_answer", f"{name} sent what is no id: {id_!r:.40}")
+        return id_
+
+    async def _bring(self, actor: ShardActor, name: str) -> None:
+        replica = await self._ask(actor, name, "bring")
         self.counters["brought"] += 1
         self._brought.setdefault(actor.shard, {})[name] = replica
         reached("move.after_bring")

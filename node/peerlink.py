@@ -267,7 +267,8 @@ class PeerLink:
             said = str(error) or (
                 "no hello in time" if isinstance(error, trio.TooSlowError) else "lost in the hello"
             )
-            return f"{address}: {said}"
+            code = f"{error.code}: " if isinstance(error, HelloRefusedError) else ""
+            return f"{code}{address}: {said}"
         except BaseException:
             await conn.aclose()
             raise
@@ -293,7 +294,7 @@ class PeerLink:
         await conn.send_hello(pack_hello(self._hello))
         theirs, refused = unpack_hello(await conn.receive_hello())
         if refused is not None:
-            raise HelloRefusedError(f"refused by {theirs.node}: {refused}")
+            raise HelloRefusedError(f"refused by {theirs.node}: {refused}", refused.code)
         check_hello(self._hello, theirs)
         if self._expect is not None and theirs.node != self._expect:
             raise HelloRefusedError(

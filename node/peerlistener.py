@@ -180,21 +180,23 @@ class PeerListener:
             return theirs
         self._refused_hellos += 1
         if not self.closed:
-            log.warning("peer_refused", peer=theirs.node, reason=refused)
+            log.warning("peer_refused", peer=theirs.node, code=refused.code, reason=str(refused))
         return None
 
-    def _why_refused(self, theirs: Hello) -> str | None:
+    def _why_refused(self, theirs: Hello) -> HelloRefusedError | None:
         try:
             check_hello(self._hello, theirs)
         except HelloRefusedError as error:
-            return str(error)
+            return error
         if self.closed:
-            return self.closed
+            return HelloRefusedError(self.closed, "unavailable")
         if self._known is not None and theirs.node not in self._known:
-            return f'{self._hello.node} has not heard of "{theirs.node}" by gossip yet'
+            return HelloRefusedError(
+                f'{self._hello.node} has not heard of "{theirs.node}" by gossip yet', "unknown_node"
+            )
         here = self._peers.get(theirs.node)
         if here is not None and here.peer.boot > theirs.boot:
-            return (
+            return HelloRefusedError(
                 f'a newer process named "{theirs.node}" is connected; two nodes share one name or directory'
             )
         return None

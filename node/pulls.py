@@ -6,6 +6,9 @@ pull    [shard, replica id, epoch that the asker follows, epoch below which it t
 answer  [STREAM, epoch, stamp, primary's last, lag ms, raw records, up to which sequence its log is known to be on a quorum]
         [FORK, epoch, stamp, [epoch, sequence] at or before which the logs part]
         [NOT_PRIMARY, epoch, name]   of the primary that the answerer knows, or 0 and ""
+beat    [id of the vote, epoch that the witness follows, epoch below which it takes nothing, epoch that it remembers, echo | nil]
+answer  [BEATEN, epoch, stamp, whether the witness is to remember the epoch, whether the placement names that vote]
+        or NOT_PRIMARY
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from node.election import EPOCH_MAX
 from node.replication import Fork
 from storage.records import Fingerprint, Version
 
-STREAM, FORK, NOT_PRIMARY = 0, 1, 2
+STREAM, FORK, NOT_PRIMARY, BEATEN = 0, 1, 2, 3
 BYTES_MAX = 4 << 20
 WAIT_MS_MAX = 5_000
 
@@ -135,3 +138,54 @@ def read_answer(body: Any) -> Answer:
             raise TypeError("the name of a primary is not a string")
         return NotPrimary(epoch, primary)
     raise ValueError(f"an answer to a pull of kind {kind!r}")
+
+
+# -- of witnesses ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a witness says in the place of a pull: it holds no log, so it names no record. echo: as in a pull."""
+
+    id: int
+    epoch: int
+    promised: int
+    remembered: int
+    echo: float | None
+
+    def body(self) -> list[Any]:
+        return [self.id, self.epoch, self.promised, self.remembered, self.echo]
+
+
+def read_beat(body: Any) -> Beat:
+    """Raises TypeError, ValueError."""
+    id_, epoch, promised, remembered, echo, *_ = body
+    stamp = None if echo is None else _stamp(echo)
+    return Beat(_number(id_), _epoch(epoch), _epoch(promised), _epoch(remembered), stamp)
+
+
+@dataclass(frozen=True, slots=True)
+class Beaten:
+    """remember: the epoch is one that no later primary may lack. named: the vote counts."""
+
+    epoch: int
+    stamp: float
+    remember: bool
+    named: bool
+
+    def body(self) -> list[Any]:
+        return [BEATEN, self.epoch, self.stamp, self.remember, self.named]
+
+
+def read_beaten(body: Any) -> Beaten | NotPrimary:
+    """Raises TypeError, ValueError."""
+    kind, epoch, *rest = body
+    if kind != BEATEN:
+        answer = read_answer(body)
+        if not isinstance(answer, NotPrimary):
+            raise ValueError(f"an answer to a beat of kind {kind!r}")
+        return answer
+    stamp, remember, named, *_ = rest
+    if type(remember) is not bool or type(named) is not bool:
+        raise TypeError("what a witness is told of its vote is true or false")
+    return Beaten(_epoch(epoch), _stamp(stamp), remember, named)

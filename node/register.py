@@ -150,7 +150,7 @@ def _why_not(layout: Layout, name: str, id_: str) -> Literal["not_a_member", "ne
     member = layout.member(name)
     if member is None:
         return "not_a_member"
-    # Form 1 knows no ids: its members are believed by their names.
+    # Of a member without an id only the name is known.
     return "new_disk" if member.id not in ("", id_) else None
 
 

@@ -8,6 +8,7 @@ Bodies are msgpack lists, in this order:
   write   [[shard, [[operation, kind, id, vector, classes, metadata]…], ack, write_id]…, time left ms]
             → [[shard, epoch, sequence, error, primary]…]
   pull    → node/pulls.py
+  beat    [[shard, …]…] of node/pulls.py → [answer | nil for a shard that is not here …]
   offer   [shard, raw records of a tail, time left ms] → [[kind, id, version]…] of those that were put aside
   status  [] → this node's own part of `status`
 Time left travels, not wall clock; a read that its asker takes back ends (`frames.CANCEL`). source: for whom the coordinator
@@ -37,7 +38,7 @@ from node.peerlink import (
     RemoteError,
 )
 from node.peerlistener import Later
-from node.pulls import NotPrimary, read_pull
+from node.pulls import NotPrimary, read_beat, read_pull
 from node.shard import ShardActor
 from router.ports import (
     Answers,
@@ -269,6 +270,13 @@ def handlers(
                 actor.harm(error)
             raise RemoteError(error.code, str(error)) from error
 
+    async def beat(peer: str, body: Any) -> Any:
+        answers: list[Any] = []
+        for shard, *fields in body:
+            actor = shards.get(shard)
+            answers.append(None if actor is None else actor.serve_beat(peer, read_beat(fields)).body())
+        return answers
+
     async def offer(peer: str, body: Any) -> Any:
         shard, data, left_ms = body
         actor = shards.get(shard)
@@ -294,6 +302,7 @@ def handlers(
         "score": coded_now(score),
         "write": coded(write),
         "pull": coded(pull),
+        "beat": coded(beat),
         "offer": coded(offer),
         "status": coded(tell_status),
     }

@@ -5,7 +5,8 @@ Laws:
 * `log-matching`: a pull names the last record of the follower's log by epoch, sequence and checksum. It counts, and is
   answered, only after the primary has found that very record in its own log; else it is told where the logs part.
 * positions never go back within one epoch: an old pull that arrives late changes nothing.
-* `quorum` is a majority of all voters, the dead ones counted; `all` is every voter.
+* `quorum` is a majority of all voters, the dead ones counted; `all` is every voter. A witness is none: it has no disk to count.
+* under a placement that is not `sealed` yet nothing is on a quorum: those who do not know of it could elect another primary.
 * a follower appends a reply only if it begins right after its own last sequence (`no-gaps`).
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from node.fork import EpochStarts, fork_of
+from node.placement import Placement
 from storage.records import EMPTY, Fingerprint, Version
 
 Ack = Literal["primary", "quorum", "all"]
@@ -25,6 +27,8 @@ MARK_EVERY_S = 0.05
 # So long a level follower's pull waits at the primary for news: an idle stream is heard that often. A third of a lease, because
 # each answer carries a stamp and each pull an echo, by which the primary's lease lives.
 WAIT_MS = 500
+# So many leases a primary that wants to change its placement waits for the only other disk.
+PATIENCE_LEASES = 4
 # For the way there and back and a busy host. Together they stay below the 2 s from which a replica is avoided.
 SLACK_MS = 500
 
@@ -58,12 +62,22 @@ class Progress:
     """A primary's picture of one shard in one epoch: how far each voter's disk is."""
 
     name: str
-    voters: tuple[str, ...]
+    placement: Placement
+    epoch: int
+    # The sequence of the record that opened the epoch.
+    began: int
     positions: dict[str, int] = field(default_factory=dict)
+    # By witness, name and id: the newest epoch that its memory has on the disk.
+    remembered: dict[tuple[str, int], int] = field(default_factory=dict)
     # What each follower named last, once it was found in our log: an idle follower's next pull needs no look-up.
     _matched: dict[str, Fingerprint] = field(default_factory=dict)
     # (sequence, monotonic seconds at which the primary passed it), for lag in time; bounded, so very old lag is a floor.
     _marks: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MARKS_MAX))
+
+    @property
+    def voters(self) -> tuple[str, ...]:
+        """Those that hold data."""
+        return self.placement.names
 
     def durable(self, sequence: int, now: float) -> None:
         """The primary's own disk has everything to `sequence`."""
@@ -96,12 +110,47 @@ class Progress:
         if follower in self.voters:  # others do not count
             self.positions[follower] = max(sequence, self.positions.get(follower, 0))
 
+    def remember(self, witness: str, id_: int, epoch: int) -> None:
+        """A witness, of this placement or of the former one, has that epoch on its disk."""
+        if (witness, id_) in (self.placement.witness, self.placement.former_witness):
+            self.remembered[witness, id_] = max(epoch, self.remembered.get((witness, id_), 0))
+
+    @property
+    def on_majority(self) -> bool:
+        """The epoch's record is on a majority of the voters' disks, `sealed` or not: from here on witnesses are told of it, and
+        whoever lacks it gets their vote no more."""
+        return self._held(len(self.voters) // 2) >= self.began
+
+    @property
+    def _knows(self) -> list[tuple[str, int]]:
+        """Who will vote for nobody who lacks the epoch's record."""
+        knows = [one for one in self.placement.voters if self.positions.get(one[0], 0) >= self.began]
+        return knows + [witness for witness, epoch in self.remembered.items() if epoch >= self.epoch]
+
+    @property
+    def _sealed(self) -> bool:
+        return self.placement.sealed(self._knows)
+
+    @property
+    def established(self) -> bool:
+        """No later primary can lack the epoch's record: it is on a quorum, or a witness remembers it for a disk that is gone."""
+        return self._sealed and (self.on_majority or self.placement.remembered(self._knows))
+
+    def stuck(self, reign_s: float, lease_s: float) -> bool:
+        """Whether the epoch can only be established by the witness's memory: of two disks the other has been away since it began,
+        and may be gone. From then on only ours can lead until the other has caught up, so not for a short absence."""
+        return len(self.voters) == 2 and not self.on_majority and reign_s > PATIENCE_LEASES * lease_s
+
+    def _held(self, place: int) -> int:
+        return sorted((self.positions.get(voter, 0) for voter in self.voters), reverse=True)[place]
+
     def reached(self, ack: Ack) -> int:
         """The greatest sequence that satisfies `ack`."""
         if ack == "primary":
             return self.positions.get(self.name, 0)
-        held = sorted((self.positions.get(voter, 0) for voter in self.voters), reverse=True)
-        return held[-1] if ack == "all" else held[len(held) // 2]
+        if not self._sealed:
+            return 0
+        return self._held(-1 if ack == "all" else len(self.voters) // 2)
 
     def holders(self, sequence: int) -> int:
         """How many voters' disks hold `sequence`."""

@@ -6,6 +6,7 @@ begun only in an epoch that this process has opened (`own-epoch`) and acknowledg
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from node.commit import CommitStoppedError, GroupCommit
 from node.election import Effect, Election, ElectionConfig, Role
 from node.fork import EpochStarts, cut_at
 from node.placement import Placement, PlacementError
-from node.pulls import Answer, Forked, NotPrimary, Pull, Streamed
+from node.pulls import Answer, Beat, Beaten, Forked, NotPrimary, Pull, Streamed
 from node.replication import Ack, Diverged, Fork, LookUp, Progress
 from node.upkeep import Upkeep
 from router.ports import Change, NodeError
@@ -49,11 +50,14 @@ class Reign:
 
     epoch: int
     progress: Progress
-    # The sequence of the record that opened it.
-    began: int
+    since: float = 0.0
     ended: str = ""
     # Where everybody's log ended who has pulled in this epoch and matched, by the replica that is named: voters and learners.
     heard: dict[str, int] = field(default_factory=dict)
+    # When the placement's witness was heard last.
+    witness_at: float = -math.inf
+    # Its witness is to remember the epoch though its record is on no majority of the disks.
+    insists: bool = False
 
 
 class ShardActor:
@@ -225,7 +229,7 @@ class ShardActor:
     def _voters(self) -> tuple[str, ...]:
         """By the last placement in our log; without us, when it names another replica than ours."""
         mine = self.founding or self.placement.is_voter(self.name, self.replica.replica_id)
-        return tuple(name for name in self.placement.names if mine or name != self.name)
+        return tuple(name for name in self.placement.electors if mine or name != self.name)
 
     def _note_placement(self) -> None:
         if self.replica.placement is not self._placed:
@@ -233,7 +237,7 @@ class ShardActor:
             self.placement = self._read_placement()
             self.election.configure(self._voters(), founding=self.founding)
             if self.reign is not None:
-                self.reign.progress.voters = self.placement.names
+                self.reign.progress.placement = self.placement
             self._tell()
 
     async def open_epoch(self, epoch: int, new: Placement) -> bool:
@@ -255,13 +259,13 @@ class ShardActor:
                 log.warning("epoch not opened", shard=self.shard, epoch=epoch, reason=str(error))
                 self.act(self, self.election.give_up(str(error), trio.current_time()))
                 return False
-            progress = Progress(self.name, new.names)
+            progress = Progress(self.name, new, epoch, batch.records[0].sequence)
             # What lags behind the record before ours is as old as that.
             progress.durable(self.replica.position.sequence, trio.current_time() - idle_s)
             self._apply(batch.records)
             if not self._elected(epoch):
                 return False
-            self.reign = Reign(epoch, progress, batch.records[0].sequence)
+            self.reign = Reign(epoch, progress, trio.current_time())
             progress.durable(self.replica.position.sequence, trio.current_time())
         self.hear_of(epoch, self.name)
         self._tell()
@@ -561,7 +565,7 @@ class ShardActor:
             data = self.replica.read_log(after, pull.max_bytes)
         now = trio.current_time()
         lag_ms = reign.progress.lag_ms(after, now)
-        if data and after < reign.began:
+        if data and after < reign.progress.began:
             # When that was written is not remembered; the record says it.
             lag_ms = max(lag_ms, (self._now_ns() - decode(data).timestamp_ns) // 1_000_000)
         # What the log's thread has just made durable may be in `data` before the loop has applied it.
@@ -587,6 +591,23 @@ class ShardActor:
                 self.election.on_echo(follower, pull.echo)
             self._tell()
         return Streamed(reign.epoch, trio.current_time(), self.replica.logged, 0, b"")
+
+    def serve_beat(self, witness: str, beat: Beat) -> Beaten | NotPrimary:
+        """For a witness. Its echo keeps our lease as any voter's; it holds nothing that could count for an acknowledgement."""
+        now = trio.current_time()
+        self.act(self, self.election.on_higher_epoch(beat.promised, now))
+        reign = self.reign
+        if reign is None:
+            return NotPrimary(*self.hint)
+        named = self.placement.witness == (witness, beat.id)
+        if beat.epoch == reign.epoch:
+            reign.progress.remember(witness, beat.id, beat.remembered)
+            if named:
+                reign.witness_at = now
+                if beat.echo is not None:
+                    self.election.on_echo(witness, beat.echo)
+            self._tell()
+        return Beaten(reign.epoch, now, reign.progress.on_majority or reign.insists, named)
 
     def is_level(self, name: str) -> bool:
         """As primary: that follower has all that we have, or is as good as there."""

@@ -36,6 +36,7 @@ from node.shard import ShardActor
 from node.snapshots import Snapshots
 from node.steering import Steering
 from node.supervisor import Supervisor
+from node.witnessing import Witnessing
 from router.caching import Caches
 from router.coordinator import Coordinator
 from router.layout import Layout
@@ -60,7 +61,9 @@ class Parts:
     layout: Layout | None = None
     guard: LayoutGuard | None = None
     promises: Promises | None = None
+    witnessed: Promises | None = None
     failover: Failover | None = None
+    witnessing: Witnessing | None = None
     offering: Offering | None = None
     steering: Steering | None = None
     duty: Duty | None = None
@@ -106,6 +109,7 @@ def own_status(parts: Parts) -> dict[str, Any]:
         "duty": parts.duty.order if parts.duty is not None else "",
         "degraded": list(parts.health.reasons) if parts.health is not None else [],
         "shards": [_shard(parts, actor) for _, actor in sorted(parts.shards.items())],
+        "witnesses": _witnessed(parts),
     }
 
 
@@ -116,12 +120,14 @@ def whole_status(parts: Parts) -> dict[str, Any]:
         *parts.members.problems(),
         *([parts.guard.problem] if parts.guard else []),
         *_put_aside(parts),
+        *_strangers(parts),
     ]
     return {
         **own_status(parts),
         "http": _http_url(parts),
         "boot": parts.boot,
         "cluster": config.cluster.id,
+        "cluster_id": layout.cluster_id if layout else "",
         "version": version("gmco"),
         "shard_count": layout.shard_count if layout else config.cluster.shard_count,
         "dim": config.storage.dim,
@@ -146,6 +152,17 @@ def _put_aside(parts: Parts) -> list[str]:
     return [
         f"quarantine: {path} holds records that were put aside; look at them, then move it away"
         for path in files
+    ]
+
+
+def _strangers(parts: Parts) -> list[str]:
+    """What a person should mend, in a sentence."""
+    found = parts.agent.cluster.strangers(trio.current_time())
+    if not found or parts.layout is None:
+        return []
+    return [
+        f"other_cluster: {', '.join(found[:5])} speaks with our cluster.id and key and is of another cluster than "
+        f"{parts.layout.cluster_id}; nothing of it is taken: give one of the two another cluster.id, or this node its own data"
     ]
 
 
@@ -206,6 +223,12 @@ def _member(parts: Parts, known: Known, placed: bool, now: float) -> dict[str, A
     return row
 
 
+def _witnessed(parts: Parts) -> list[int]:
+    """Shards of which this node is a witness."""
+    votes = parts.witnessing.votes if parts.witnessing is not None else {}
+    return sorted(shard for shard, vote in votes.items() if vote.named)
+
+
 def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
     replica = actor.replica
     numbers = replica.statistics()
@@ -215,6 +238,8 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "role": "primary" if actor.leads else "replica",
         "primary": actor.primary,
         "voters": list(actor.placement.names),
+        "witness": actor.placement.witness_name,
+        "witness_heard": _witness_heard(actor),
         "votes": actor.placement.is_voter(parts.name, replica.replica_id),
         "epoch": replica.position.epoch,
         "sequence": replica.position.sequence,
@@ -236,10 +261,17 @@ def _shard(parts: Parts, actor: ShardActor) -> dict[str, Any]:
         "snapshot": follower.transfer.figures() if follower else None,
         "learners": [name for name, _ in actor.placement.learners],
         "target": list(parts.mover.target(actor)) if parts.mover and actor.leads else [],
+        "target_witness": parts.mover.witness(actor) if parts.mover and actor.leads else "",
         "layout": parts.layout.version if parts.layout else 0,
         "move": parts.mover.stages.get(actor.shard, "") if parts.mover else "",
         "repair": _repair(parts, actor),
     }
+
+
+def _witness_heard(actor: ShardActor) -> bool:
+    """Whether its lease has lived by the witness's echo of late, too; only the primary knows."""
+    reign = actor.reign
+    return reign is not None and trio.current_time() - reign.witness_at < 2 * actor.election.lease_s
 
 
 def _repair(parts: Parts, actor: ShardActor) -> str:
@@ -261,6 +293,7 @@ def counters(parts: Parts) -> dict[str, Any]:
         "redis": parts.store.statistics() if parts.store else {},
         "changes": parts.feed.statistics() if parts.feed else {},
         "elections": dict(parts.failover.counters) if parts.failover else {},
+        "witness": dict(parts.witnessing.counters) if parts.witnessing else {},
         "moves": dict(parts.mover.counters) if parts.mover else {},
         "tails": dict(parts.offering.counters) if parts.offering else {},
         "snapshots": _snapshots(parts),

@@ -10,15 +10,21 @@ from router.layout import Layout, Member
 from router.placing import host_of, ring_key
 from router.planning import ChangeError
 from router.ring import Ring
+from router.witnesses import choose, witnesses
 
 
 def moved(base: Layout, shard: int, source: str, target: str) -> Layout:
     """`target` in the place of `source`; `base` itself when it says so already. Raises ChangeError."""
     wished = _wished(base, shard)
-    if base.member(target) is None:
+    there = base.member(target)
+    if there is None:
         raise ChangeError(
             f"{target} is not a member, so nothing can be wished to be there; `gmco cluster join` it first",
             "target",
+        )
+    if not there.capacity:
+        raise ChangeError(
+            f"{target} only witnesses: it holds no data; `gmco cluster set` it a capacity first", "target"
         )
     if source not in wished:
         if target in wished:
@@ -61,11 +67,13 @@ def _wished(base: Layout, shard: int) -> tuple[str, ...]:
 
 def _with(base: Layout, shard: int, names: tuple[str, ...]) -> Layout:
     wished = base.wished()
+    targets = (*wished[:shard], names, *wished[shard + 1 :])
     return replace(
         base,
         version=base.version + 1,
         base=base.hash,
-        targets=(*wished[:shard], names, *wished[shard + 1 :]),
+        targets=targets,
+        witnesses=witnesses(base.members, targets, base.witnesses),
     )
 
 
@@ -85,7 +93,9 @@ def stand_ins(
     if not any(name in absent for name in wished):
         return wished
     members = {member.name: member for member in layout.members}
-    walk = _ring(tuple((member.name, member.capacity) for member in layout.members)).walk(ring_key(shard))
+    walk = _ring(tuple((member.name, member.capacity) for member in layout.members if member.capacity)).walk(
+        ring_key(shard)
+    )
     names = list(wished)
     for place, name in enumerate(wished):
         if name not in absent:
@@ -99,10 +109,22 @@ def stand_ins(
     return tuple(names)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _ring(capacities: tuple[tuple[str, int], ...]) -> Ring:
     """While somebody is gone it is asked for by every shard, again and again; another layout has another one."""
     return Ring(dict(capacities))
+
+
+def witness(layout: Layout, shard: int, voters: Sequence[str], may: Callable[[str], bool]) -> str:
+    """Who should witness the shard while it should be held by `voters`: the wished one, or another in its place; empty: nobody.
+
+    may: whether a member can witness anything now.
+    """
+    wished = layout.witness(shard)
+    if set(voters) == set(_wished(layout, shard)) and (not wished or may(wished)):
+        return wished
+    members = {member.name: member for member in layout.members}
+    return choose(members, shard, voters, _ring(tuple((name, 1) for name in members)), wished, may=may)
 
 
 def _crowd(member: Member, others: Sequence[Member]) -> tuple[int, int, int]:

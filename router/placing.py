@@ -30,8 +30,8 @@ from router.ring import Ring
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """One node of the cluster. `capacity` is relative: twice the capacity, twice the shards. `id`: its node's id, 16 hex digits,
-    by which a new disk is told from the old one; empty in layouts of form 1."""
+    """One node of the cluster. `capacity` is relative: twice the capacity, twice the shards; 0: it holds none and only witnesses.
+    `id`: its node's id, 16 hex digits, by which a new disk is told from the old one."""
 
     name: str
     region: str = "local"

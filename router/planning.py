@@ -12,6 +12,7 @@ from typing import Any
 from router.layout import Layout, Member
 from router.placing import host_of
 from router.targets import Targets, Wanted, targets, wanted
+from router.witnesses import witnesses
 
 # What a node may spend on moves (docs/layout.md).
 MOVE_BYTES_PER_S = 50e6
@@ -61,8 +62,8 @@ def changed(base: Layout, changes: Sequence[Change]) -> tuple[tuple[Member, ...]
             del members[change.node]
         else:
             members[change.node] = replace(there, **values)
-    if not members:
-        raise ChangeError("a cluster keeps at least one member")
+    if not _holding(members.values()):
+        raise ChangeError("a cluster keeps at least one member that holds data")
     if replication < 1:
         raise ChangeError("replication must be at least 1", "replication")
     return tuple(members[name] for name in sorted(members)), replication
@@ -81,13 +82,14 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What one member holds under one layout. share: its fair share of replicas."""
+    """What one member holds under one layout. share: its fair share of replicas. witnesses: shards that it witnesses."""
 
     node: str
     replicas: int
     primaries: int
     size_bytes: int
     share: float
+    witnesses: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,8 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """layout: what would follow `base`. handovers: shards whose preferred primary changes. eta_s: of all moves, throttled."""
+    """layout: what would follow `base`. handovers: shards whose preferred primary changes. gains: in sentences, what it can that
+    `base` cannot, and what it loses. eta_s: of all moves, throttled."""
 
     base: Layout
     layout: Layout
@@ -109,33 +112,44 @@ class Plan:
     before: tuple[Load, ...]
     after: tuple[Load, ...]
     limits: tuple[Limit, ...]
+    gains: tuple[str, ...]
     eta_s: float
 
 
 def first_layout(members: Iterable[Member], shard_count: int, replication: int, cluster_id: str) -> Layout:
-    """Version 1. Raises ValueError."""
-    made = wanted(members, shard_count, replication)
+    """Version 1. Raises ChangeError where nobody holds data; ValueError."""
+    everybody = tuple(sorted(members, key=lambda member: member.name))
+    if not _holding(everybody):
+        raise ChangeError("a cluster needs at least one member that holds data", "members")
+    held = targets(wanted(_holding(everybody), shard_count, replication))
     return Layout(
         version=1,
         shard_count=shard_count,
         replication=replication,
-        members=made.members,
-        targets=targets(made),
+        members=everybody,
+        targets=held,
+        witnesses=witnesses(everybody, held),
         cluster_id=cluster_id,
     )
+
+
+def _holding(members: Iterable[Member]) -> list[Member]:
+    """Those that may hold data."""
+    return [member for member in members if member.capacity]
 
 
 def plan(base: Layout, changes: Sequence[Change], sizes: Mapping[int, int]) -> Plan:
     """The layout after the changes, and what it takes. sizes: bytes by shard. Raises ChangeError."""
     members, replication = changed(base, changes)
-    made = wanted(members, base.shard_count, replication)
     before = base.wished()
+    held = targets(wanted(_holding(members), base.shard_count, replication), before)
     layout = Layout(
         version=base.version + 1,
         shard_count=base.shard_count,
         replication=replication,
-        members=made.members,
-        targets=targets(made, before),
+        members=members,
+        targets=held,
+        witnesses=witnesses(members, held, base.witnesses),
         base=base.hash,
         cluster_id=base.cluster_id,
     )
@@ -148,6 +162,7 @@ def plan(base: Layout, changes: Sequence[Change], sizes: Mapping[int, int]) -> P
         before=loads(base, sizes),
         after=loads(layout, sizes),
         limits=tuple(limits(layout)),
+        gains=tuple(_gains(base, layout)),
         eta_s=eta_s(moves, {shard: voters[0] for shard, voters in enumerate(before)}),
     )
 
@@ -212,7 +227,8 @@ def loads(layout: Layout, sizes: Mapping[int, int]) -> tuple[Load, ...]:
             replicas=held[member.name],
             primaries=primaries[member.name],
             size_bytes=size[member.name],
-            share=round(float(shares[member.name]), 3),
+            share=round(float(shares.get(member.name, 0)), 3),
+            witnesses=layout.witnesses.count(member.name),
         )
         for member in layout.members
     )
@@ -227,7 +243,7 @@ def _shares(layout: Layout, wished: Targets) -> dict[str, Fraction]:
 
 
 def _wanted(layout: Layout) -> Wanted:
-    return wanted(layout.members, layout.shard_count, layout.replication)
+    return wanted(_holding(layout.members), layout.shard_count, layout.replication)
 
 
 def eta_s(moves: Sequence[Move], primaries: Mapping[int, str]) -> float:
@@ -251,7 +267,8 @@ def eta_s(moves: Sequence[Move], primaries: Mapping[int, str]) -> float:
 
 def limits(layout: Layout) -> Iterable[Limit]:
     """Law by law what this layout does not have, in words."""
-    members, copies = len(layout.members), min(layout.replication, len(layout.members))
+    members = len(_holding(layout.members))
+    copies = min(layout.replication, members)
     if copies < layout.replication:
         yield Limit(
             "replicas",
@@ -260,10 +277,13 @@ def limits(layout: Layout) -> Iterable[Limit]:
         )
     if copies == 1:
         yield Limit("failover", "each shard is on one disk alone: what that disk loses is lost")
-    if copies == 2:
+    bare = layout.shard_count - _witnessed(layout)
+    if copies == 2 and bare:
         yield Limit(
             "failover",
-            "two replicas cannot fail over: when the host of one is down, its shards are read-only until it is back",
+            f"{bare} of {layout.shard_count} shards have two replicas and no witness: two replicas cannot fail over. When the "
+            "host of one is down, they are read-only until it is back; a third host as witness mends that "
+            "(`gmco cluster join NODE --witness`)",
         )
     yield from _spread_limits(layout, copies)
     made = _wanted(layout)
@@ -272,7 +292,7 @@ def limits(layout: Layout) -> Iterable[Limit]:
 
 
 def _spread_limits(layout: Layout, copies: int) -> Iterable[Limit]:
-    regions = {member.region for member in layout.members}
+    regions = {member.region for member in _holding(layout.members)}
     if 1 < len(regions) < copies:
         yield Limit(
             "regions",
@@ -315,6 +335,27 @@ def _capacity_limits(layout: Layout, made: Wanted, inside: Sequence[Member]) -> 
                 f"{member.name} (capacity {member.capacity} of {capacity}) should hold {float(asked):.1f} replicas and can hold "
                 f"each shard once only: {float(shares[member.name]):g}; the others of its region hold the rest",
             )
+
+
+def _witnessed(layout: Layout) -> int:
+    return sum(map(bool, layout.witnesses))
+
+
+def _gains(base: Layout, layout: Layout) -> Iterable[str]:
+    """Of witnesses, in words."""
+    pairs = [(base.witness(shard), layout.witness(shard)) for shard in range(layout.shard_count)]
+    for name in sorted({new for old, new in pairs if new != old and new}):
+        fresh = sum(not old and new == name for old, new in pairs)
+        taken = sum(bool(old) and old != new == name for old, new in pairs)
+        if fresh:
+            yield (
+                f"{name} witnesses {fresh} shard{_s(fresh)} of two replicas: either of their two hosts may fail and writes go on"
+            )
+        if taken:
+            yield f"{name} witnesses {taken} shard{_s(taken)} in the place of another"
+    needless = sum(bool(old) and not new for old, new in pairs)
+    if needless and min(map(len, layout.targets)) > 2:
+        yield f"{needless} shard{_s(needless)} need no witness any more: three replicas elect by themselves"
 
 
 def _are(count: int) -> str:

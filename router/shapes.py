@@ -150,7 +150,7 @@ class ClusterFields(Struct, forbid_unknown_fields=True, kw_only=True):
     region: Place = None
     zone: Place = None
     host: Place = None
-    capacity: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    capacity: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     replication: Annotated[int, Meta(ge=1, le=REPLICATION_MAX)] | None = None
     members: (
         Annotated[list[Annotated[str, Meta(min_length=1, max_length=64)]], Meta(max_length=4_096)] | None

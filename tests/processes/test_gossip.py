@@ -259,37 +259,55 @@ def test_of_two_processes_with_one_id_the_older_stops(tmp_path: Path) -> None:
             put_down([twin])
 
 
-def test_two_clusters_of_one_id_that_meet_are_told_and_keep_their_layouts(tmp_path: Path) -> None:
+def seeded(daemon: Daemon, port: int) -> None:
+    """It knows that seed besides, from its next start on."""
+    text = daemon.config.read_text()
+    daemon.config.write_text(text.replace("seeds = [", f'seeds = ["127.0.0.1:{port}", ', 1))
+
+
+def other_cluster_is_told(daemon: Daemon) -> bool:
+    return any(problem.startswith("other_cluster") for problem in daemon.status()["problems"])
+
+
+def test_two_clusters_of_one_name_and_key_that_meet_stay_two_and_say_so(tmp_path: Path) -> None:
     with (
         cluster(tmp_path / "a", 2, replication=2) as one,
         cluster(tmp_path / "b", 2, replication=2, name="other") as two,
     ):
         both = [*one, *two]
         files = [(daemon.data / "layout").read_bytes() for daemon in both]
-        hashes = [one[0].status()["layout"]["hash"], two[0].status()["layout"]["hash"]]
-        assert hashes[0] != hashes[1]
-        seeds = [one[0].peer_port, two[0].peer_port]
-        bridge = member(tmp_path, "bridge", free_ports(2), seeds, bootstrap=0)
-        try:
-            bridge.start(wait=False)
+        assert one[0].status()["cluster_id"] != two[0].status()["cluster_id"]
+        assert not any(daemon.status()["problems"] for daemon in both)
+        assert two[1].stop() == 0
+        seeded(two[1], one[0].peer_port)
+        two[1].start()
+        for daemon in (one[0], two[1]):
+            until(lambda daemon=daemon: other_cluster_is_told(daemon), 30, f"{daemon.name} does not say so")  # type: ignore[misc]
+        assert set(one[0].states()) == {daemon.name for daemon in one}, "nothing of the other is taken"
+        assert set(two[1].states()) == {daemon.name for daemon in two}
+        assert [(daemon.data / "layout").read_bytes() for daemon in both] == files
+        assert "other_cluster_id" in one[0].tail()
 
-            def told() -> bool:
-                problems = [*one[1].status()["problems"], *two[1].status()["problems"]]
-                return len(problems) == 2 and all(hash_ in text for hash_ in hashes for text in problems)
 
-            until(told, 60, "they do not see that they are two")
-
-            def bridge_told() -> bool:
-                # It may have adopted the one that it heard of first before it heard of the other.
-                status = bridge.status()
-                said = " ".join([status["state"], *status["problems"]])
-                return "layout_conflict" in said and all(hash_ in said for hash_ in hashes)
-
-            until(bridge_told, 20, "the third does not say so")
-            assert [(daemon.data / "layout").read_bytes() for daemon in both] == files
-            assert all(daemon.running for daemon in both)
-        finally:
-            put_down([bridge])
+def test_a_node_with_another_clusters_data_is_no_member(tmp_path: Path) -> None:
+    """The same names in both, as on a laptop where somebody has mixed up two folders."""
+    with (
+        cluster(tmp_path / "a", 2, replication=2) as one,
+        cluster(tmp_path / "b", 2, replication=2) as two,
+    ):
+        assert one[1].stop() == 0
+        assert two[1].stop() == 0
+        mine = one[1].data.rename(tmp_path / "kept")
+        two[1].data.rename(one[1].data)
+        one[1].start(wait=False)
+        for daemon in (one[0], one[1]):
+            until(lambda daemon=daemon: other_cluster_is_told(daemon), 30, f"{daemon.name} does not say so")  # type: ignore[misc]
+        assert one[0].states()["node-2"] != "alive"
+        one[1].kill()
+        one[1].data.rename(two[1].data)
+        mine.rename(one[1].data)
+        one[1].start()
+        one[0].wait_states({"node-2": "alive"}, 30)
 
 
 def test_a_joiner_of_other_settings_waits_and_says_in_what_they_differ(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from gossip.effects import Event, Send, Superseded
 from gossip.machine import Machine
 from gossip.messages import Address, Claim, Part, State
 
-# Envelope, tag, versions, sender and a boot of one byte: docs/gossip.md.
-PACKET_OVERHEAD = 1 + 1 + 1 + 4 + 8 + 4 + 16 + 2 + 8 + 1
+# Envelope, tag, versions, sender, a boot of one byte and the cluster: docs/gossip.md.
+PACKET_OVERHEAD = 1 + 1 + 1 + 4 + 8 + 4 + 16 + 2 + 8 + 1 + 10
 SOCKET_BUFFER_PACKETS = 4_000
 CONNECT_TIMEOUT_S = 3.0
 

@@ -139,11 +139,12 @@ def run(
     replicas: int = 3,
     moves: bool = True,
     force: bool | None = None,
+    witness: bool = False,
     bugs: frozenset[str] = frozenset(),
 ) -> Result:
     """A shard of so many replicas on `count` hosts under trouble for so long, then healed, quiet, and judged. With a planted
     mistake the first broken law ends it. force: whether a primary may be forced; None: in each fourth seed."""
-    sim = Sim(seed, count, replicas, bugs)
+    sim = Sim(seed, count, replicas, bugs, witness=witness)
     history: list[Operation] = []
     clients = [Client(sim, history, number) for number in range(CLIENTS)]
     force = seed % 4 == 3 if force is None else force
@@ -180,7 +181,7 @@ def _judge(sim: Sim, history: list[Operation], sides: int) -> Result:
         wrong.append(f"liveness: {len(leaders)} primaries at the end")
     acknowledged = [one for one in history if one.version is not None]
     last = sorted(laws.placements.items())
-    changes = sum(one.voters != before.voters for (_, before), (_, one) in itertools.pairwise(last))
+    changes = sum(one.votes != before.votes for (_, before), (_, one) in itertools.pairwise(last))
     voters = last[-1][1].voters if last else ()
     outlived = sum(one.ack == "quorum" and not set(one.voters) <= set(voters) for one in acknowledged)
     if leaders:
@@ -203,7 +204,11 @@ def _converged(sim: Sim, leader: Host) -> list[str]:
     wrong = []
     assert leader.replica is not None
     placement = leader.replica.placement
-    if set(placement.names) != set(sim.wish[1]) or placement.learners:
+    if (
+        set(placement.names) != set(sim.wish[1])
+        or placement.learners
+        or placement.witness_name != sim.wish[2]
+    ):
         wrong.append(f"liveness: {placement} is not as wished, {sim.wish[1]}")
     if {host.name for host in sim.holding} != set(placement.holders):
         wrong.append(f"liveness: {[host.name for host in sim.holding]} hold it, not {placement.holders}")

@@ -62,23 +62,23 @@ class Laws:
             return
         yes = self._promised.get(epoch, set())
         if before is None:
-            if not set(new.voters) <= yes:
-                self.broken("founding", f"epoch {epoch} founded by {sorted(yes)} for {new.voters}")
+            if not set(new.votes) <= yes:
+                self.broken("founding", f"epoch {epoch} founded by {sorted(yes)} for {new.votes}")
             return
-        if not _majority(before.voters, yes):
-            self.broken("overlap", f"{epoch} under {before.names} opened by {sorted(yes)}")
-        if new.voters == before.voters:
+        if not _majority(before.votes, yes):
+            self.broken("overlap", f"{epoch} under {before.electors} opened by {sorted(yes)}")
+        if new.votes == before.votes:
             return
-        staying = [one for one in new.voters if one in before.voters]
+        staying = [one for one in new.votes if one in before.votes]
         if not _majority(staying, yes):
-            self.broken("overlap", f"{epoch} under {new.names} opened by {sorted(yes)}")
-        if new.names != before.names and len(set(new.names) ^ set(before.names)) > 1:
-            self.broken("overlap", f"{epoch} changes {before.names} to {new.names}")
-        if epoch != at + 1 or not _majority(before.voters, self._logged.get(at, set())):
+            self.broken("overlap", f"{epoch} under {new.electors} opened by {sorted(yes)}")
+        if len(set(new.electors) ^ set(before.electors)) > 1:
+            self.broken("overlap", f"{epoch} changes {before.electors} to {new.electors}")
+        if epoch != at + 1 or not self.established(at):
             self.broken("overlap", f"{epoch} is not right above a settled one, {at}, and changes it")
 
     def on_disk(self, who: Who, epoch: int) -> None:
-        """The record that opens that epoch is in its log."""
+        """The record that opens that epoch is in its log; of a witness: it remembers it."""
         self._logged.setdefault(epoch, set()).add(who)
 
     def on_count(self, who: Who, epoch: int) -> None:
@@ -96,7 +96,14 @@ class Laws:
     # -- moves ------------------------------------------------------------------------------------------------------
 
     def settled(self, epoch: int) -> bool:
-        return _majority(self.placements[epoch].voters, self._logged.get(epoch, set()))
+        placement, knows = self.placements[epoch], self._logged.get(epoch, set())
+        return _majority(placement.voters, knows) and placement.sealed(knows)
+
+    def established(self, epoch: int) -> bool:
+        """Nobody who lacks it can win any more."""
+        placement, knows = self.placements[epoch], self._logged.get(epoch, set())
+        enough = _majority(placement.voters, knows) or placement.remembered(knows)
+        return enough and placement.sealed(knows)
 
     def in_force(self) -> list[Placement]:
         """The last one that a majority of its voters has had, and all that were opened after it."""

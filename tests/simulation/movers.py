@@ -6,16 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from node.move import Bring, HandOver, Place, Sight, next_step
+from node.move import Bring, BringWitness, HandOver, Place, Sight, next_step
 from tests.simulation.replicas import LEVEL_RECORDS, Replica
 
 if TYPE_CHECKING:
-    from tests.simulation.shards import Host
+    from tests.simulation.shards import Host, Wish
 
 GOSSIP_S = 0.12
 ALIVE_S = 0.7
 STEP_S = 0.15
 HAND_OVER_S = 0.5
+WITNESS_SILENT_S = 1.0
 
 
 class Mover:
@@ -25,7 +26,8 @@ class Mover:
         self._heard: dict[str, float] = {}
         self._holding: dict[str, bool] = {}
         self._brought: dict[str, int] = {}
-        self.wish = (0, self.sim.founders)
+        self._votes: dict[str, int] = {}
+        self.wish: Wish = (0, self.sim.founders, self.sim.wish[2] if not self.sim.wish[0] else "")
 
     def begin(self) -> None:
         self.host.later(GOSSIP_S * self.sim.random.random(), self._gossip)
@@ -41,12 +43,14 @@ class Mover:
                 self.host.send(name, "gossip", epoch, replica is not None, self.wish)
         self.host.later(GOSSIP_S, self._gossip)
 
-    def on_gossip(self, source: str, epoch: int, holds: bool, wish: tuple[int, tuple[str, ...]]) -> None:
+    def on_gossip(self, source: str, epoch: int, holds: bool, wish: Wish) -> None:
         self._heard[source] = self.sim.now
         self._holding[source] = holds
         self.wish = max(self.wish, wish)
         if epoch and self.host.replica is not None:
             self.host.replica.hear(epoch, source)
+        if epoch and self.host.witness is not None:
+            self.host.witness.hear(epoch, source)
 
     def _alive(self, name: str) -> bool:
         return name == self.host.name or self.sim.now - self._heard.get(name, -1e9) < ALIVE_S
@@ -60,6 +64,7 @@ class Mover:
         replica = self.host.replica
         if replica is None or replica.reign is None:
             self._brought.clear()
+            self._votes.clear()
         elif self.sim.now >= self.sim.quiet_until:
             self._move(replica)
             self._dismiss(replica)
@@ -72,14 +77,28 @@ class Mover:
             least = replica.store.synced - LEVEL_RECORDS
             return reign is not None and name in reign.heard and reign.heard[name] >= least
 
-        sight = Sight(self.host.name, self._alive, level, self._brought, self._holds)
-        step = next_step(replica.placement, self.wish[1], sight)
+        assert replica.reign is not None
+        heard = self.sim.now - replica.reign.witness_at < WITNESS_SILENT_S
+        if heard:
+            self._votes.clear()
+        sight = Sight(
+            self.host.name,
+            self._alive,
+            level,
+            self._brought,
+            self._holds,
+            votes=self._votes,
+            witness_heard=heard,
+        )
+        step = next_step(replica.placement, self.wish[1], sight, self.wish[2])
         if isinstance(step, Bring):
             assert replica.reign is not None
             self.host.send(step.name, "bring", replica.reign.epoch)
         elif isinstance(step, Place):
             if replica.change(step.placement):
                 self._brought.clear()
+        elif isinstance(step, BringWitness):
+            self.host.send(step.name, "bring_witness", replica.reign.epoch)
         elif isinstance(step, HandOver):
             self.hand_over(replica, step.to)
 
@@ -119,6 +138,15 @@ class Mover:
         self.host.disk.left = False
         replica.hear(epoch, source)
         self.host.send(source, "brought", replica.id)
+
+    def on_bring_witness(self, source: str, epoch: int) -> None:
+        witness = self.host.bring_witness()
+        witness.hear(epoch, source)
+        self.host.send(source, "brought_vote", witness.vote.id)
+
+    def on_brought_vote(self, source: str, id_: int) -> None:
+        if self.host.replica is not None and self.host.replica.leads:
+            self._votes[source] = id_
 
     def on_brought(self, source: str, id_: int) -> None:
         if self.host.replica is not None and self.host.replica.leads:

@@ -53,6 +53,7 @@ class Nemesis:
         self.sim, self.random, self.moves = sim, Random(sim.seed + 7), moves
         self._troubles = TROUBLES | ({"desperate": 2} if force else {})
         self.stopped = False
+        self._troubles = TROUBLES | ({"leave_behind": 2} if sim.wish[2] else {})
         # While one that takes several steps is under way, no other comes between.
         self._calm_until = 0.0
         sim.at(sim.now + 3, self.act)
@@ -120,7 +121,7 @@ class Nemesis:
         self.sim.at(self.sim.now + self.random.uniform(0.001, 0.006), strike)
 
     def lose_disk(self, host: Host) -> None:
-        if host.running and host.disk.files is not None and self._spare(host):
+        if host.running and (host.disk.files or host.disk.witnessed) is not None and self._spare(host):
             host.lose_disk()
             self.sim.at(self.sim.now + 0.5, lambda: self.restart(host))
 
@@ -137,8 +138,18 @@ class Nemesis:
                 for name, id_ in named
                 if (files := self.sim.hosts[name].disk.files) is not None and files.id == id_
             ]
-            left = [name for name in placement.names if name != host.name]
-            return len(there) == len(named) and len(left) > len(placement.names) // 2
+            if placement.witness is not None:
+                kept = self.sim.hosts[placement.witness_name].disk.witnessed
+                if kept is None or kept.id != placement.witness[1]:
+                    return False
+                logs = [self.sim.hosts[name].disk.files for name in placement.names if name != host.name]
+                if not any(
+                    one is not None and one.log and one.log[-1].epoch >= kept.remembered for one in logs
+                ):
+                    # Nobody else could lead any more.
+                    return False
+            left = [name for name in placement.electors if name != host.name]
+            return len(there) == len(named) and len(left) > len(placement.electors) // 2
 
         return all(whole(placement) for placement in self.sim.laws.in_force())
 
@@ -209,7 +220,7 @@ class Nemesis:
         leader = next(iter(self.sim.leading), None)
         if leader is None or leader.replica is None:
             return None
-        names = [name for name in leader.replica.placement.names if name != leader.name]
+        names = [name for name in leader.replica.placement.electors if name != leader.name]
         if len(names) < 2:
             return None
         return leader, [self.sim.hosts[name] for name in self.random.sample(names, 2)]
@@ -254,6 +265,29 @@ class Nemesis:
         self.sim.at(self.sim.now + 0.1, cut)
         self.sim.at(self.sim.now + 0.1 + CONFIG.lease_s + self.random.uniform(0.0, 0.1), strike)
 
+    def leave_behind(self, host: Host) -> None:
+        """One of two disks is away while another takes its place; then it meets the witness alone."""
+        leader = next(iter(self.sim.leading), None)
+        if leader is None or leader.replica is None or not self.moves:
+            return
+        placement = leader.replica.placement
+        others = [name for name in placement.names if name != leader.name]
+        fresh = [name for name in self.sim.names if name not in placement.electors]
+        if len(others) != 1 or placement.witness is None or not fresh:
+            return
+        behind, witness = others[0], placement.witness_name
+        pair = {behind, witness}
+        self._calm_until = self.sim.now + 6
+        self.heal(leader)
+        self.sim.network.cut = lambda a, b: behind in (a, b)
+        self._tell(leader, [leader.name, self.random.choice(fresh), witness])
+
+        def meet() -> None:
+            if not self.stopped:
+                self.sim.network.cut = lambda a, b: (a in pair) != (b in pair)
+
+        self.sim.at(self.sim.now + self.random.uniform(2.0, 4.5), meet)
+
     def lead_with_a_tail(self, host: Host) -> None:
         """Who has just cut its log, and could not offer what it cut yet, is to lead next."""
         leader = next(iter(self.sim.leading), None)
@@ -276,7 +310,7 @@ class Nemesis:
             self.heal(leader)
             others = [one for one in self.sim.names if one != name]
             told = self.sim.hosts[self.random.choice(others)]
-            self._tell(told, self.random.sample(others, min(len(others), len(self.sim.founders))))
+            self._tell(told, self.random.sample(others, min(len(others), self._wished)))
             self.sim.at(self.sim.now + 3.5, back)
 
         def back() -> None:
@@ -334,9 +368,17 @@ class Nemesis:
     def wish(self, host: Host) -> None:
         """Another layout, told to one host, whatever is still on its way, and whoever is down."""
         if self.moves:
-            self._tell(host, self.random.sample(self.sim.names, len(self.sim.founders)))
+            self._tell(host, self.random.sample(self.sim.names, self._wished))
 
-    def _tell(self, host: Host, voters: list[str]) -> None:
-        if host.running and len(voters) == len(self.sim.founders):
-            self.sim.wish = (self.sim.wish[0] + 1, tuple(voters))
+    @property
+    def _wished(self) -> int:
+        """Voters and the witness."""
+        return len(self.sim.founders) + bool(self.sim.wish[2])
+
+    def _tell(self, host: Host, names: list[str]) -> None:
+        """names: of those who may hold it, or witness it, in their order."""
+        count = len(self.sim.founders)
+        if host.running and len(names) >= count:
+            witness = "".join(names[count : count + 1]) if self.sim.wish[2] else ""
+            self.sim.wish = (self.sim.wish[0] + 1, tuple(names[:count]), witness)
             host.mover.wish = self.sim.wish

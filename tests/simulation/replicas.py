@@ -23,6 +23,8 @@ from node.election import (
     forced_above,
 )
 from node.placement import Placement
+from node.pulls import Beat
+from node.replication import Progress
 from storage.records import Version
 from tests.simulation.planted import CONFIG, Planted
 from tests.simulation.reigns import Reign, Wait
@@ -90,7 +92,12 @@ class Replica:
         epoch = self.store.last.epoch
         if epoch and self.laws.opened.get(epoch) == self.name:
             self.election.role, self.election.epoch = Role.PRIMARY, epoch
-            self.reign = Reign(epoch, self.placement)
+            self.reign = self._reign(epoch)
+
+    def _reign(self, epoch: int) -> Reign:
+        began = next(first for one, first in self.store.starts if one == epoch)
+        progress = Progress(self.name, self.placement, epoch, began)
+        return Reign(epoch, progress, self.bugs, since=self.sim.now)
 
     def crash(self) -> None:
         kept = self.sim.random.randint(self.store.synced, len(self.store.log))
@@ -139,7 +146,7 @@ class Replica:
         mine = self.founding or placement.is_voter(self.name, self.id)
         if "learner-votes" in self.bugs and (self.name, self.id) in placement.learners:
             return (*placement.names, self.name)
-        return tuple(name for name in placement.names if mine or name != self.name)
+        return tuple(name for name in placement.electors if mine or name != self.name)
 
     @property
     def settled(self) -> bool:
@@ -196,7 +203,7 @@ class Replica:
         if isinstance(message, Promise):
             self._promised(message.epoch)
         if isinstance(message, Ask | Stand) and not self.founding:
-            message = message._replace(to=dict(self.placement.voters).get(to, 0))
+            message = message._replace(to=dict(self.placement.votes).get(to, 0))
         self.send(to, "election", self.id, message)
         asks = isinstance(message, Ask | Stand)
         if "learner-votes" in self.bugs and asks and to in self.placement.names[:2]:
@@ -213,7 +220,7 @@ class Replica:
         named = isinstance(message, Ask | Stand) and message.to == self.id
         if self.founding:
             self._founding_ids[source] = replica
-        elif not named and not self.placement.is_voter(source, replica):
+        elif not named and not self.placement.may_elect(source, replica):
             if isinstance(message, Ask | Stand):
                 self._tell(source, Refuse(message.epoch, self.election.promised, "learner"))
                 return
@@ -283,11 +290,17 @@ class Replica:
 
     def change(self, new: Placement) -> bool:
         """As primary: open an epoch under that placement."""
-        fit = (self.settled and self.may_acknowledge()) or "change-unsettled" in self.bugs
-        if self.reign is None or not fit:
+        reign = self.reign
+        if reign is None:
             return False
-        self._next = new
-        also = () if "old-majority-only" in self.bugs else new.names
+        if (
+            not (self.may_acknowledge() and reign.progress.established)
+            and "change-unsettled" not in self.bugs
+        ):
+            reign.insists = reign.progress.stuck(self.sim.now - reign.since, CONFIG.lease_s)
+            return False
+        self._next = new.after(self.placement)
+        also = () if "old-majority-only" in self.bugs else new.electors
         self.point("changing")
         self.act(self.election.renew(self.host.clock, also))
         return True
@@ -337,6 +350,9 @@ class Replica:
     def on_pull(self, source: str, *args: Any) -> None:
         self.leading.pulled(source, *args)
 
+    def on_echo(self, source: str, beat: Beat) -> None:
+        self.leading.beaten(source, beat)
+
     def on_fetch(self, source: str, wanted: Version) -> None:
         self.leading.fetched(source, wanted)
 
@@ -367,7 +383,7 @@ class Replica:
             return
         epoch = self.election.epoch
         if self.reign is None and store.position.epoch == epoch:
-            self.reign = Reign(epoch, self.placement)
+            self.reign = self._reign(epoch)
             self.hint = (epoch, self.name)
             for name in self.sim.names:
                 if name != self.name:

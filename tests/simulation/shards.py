@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
+from node.witness import Kept
 from tests.simulation.laws import Laws
 from tests.simulation.movers import Mover
 from tests.simulation.replicas import Replica
 from tests.simulation.stores import Disk, Files
+from tests.simulation.witnesses import Witness
 
 BUGS = (
     "ack-before-fsync",
@@ -42,6 +44,16 @@ BUGS = (
     "leader-ignored",
     "forced-low",
 )
+# Of shards of two replicas and a witness.
+WITNESS_BUGS = (
+    "witness-counted",
+    "witness-forgets-promise",
+    "witness-forgets-placement",
+    "unsealed",
+)
+
+
+Wish = tuple[int, tuple[str, ...], str]
 
 
 class Network:
@@ -64,7 +76,13 @@ class Sim:
     """Clock, events, hosts. The first `replicas` hosts found the shard."""
 
     def __init__(
-        self, seed: int, count: int = 5, replicas: int = 3, bugs: frozenset[str] = frozenset()
+        self,
+        seed: int,
+        count: int = 5,
+        replicas: int = 3,
+        bugs: frozenset[str] = frozenset(),
+        *,
+        witness: bool = False,
     ) -> None:
         self.random = Random(seed)
         self.seed, self.bugs, self.now = seed, bugs, 0.0
@@ -74,8 +92,8 @@ class Sim:
         self.names = tuple(f"n{i}" for i in range(count))
         self.founders = self.names[:replicas]
         self.laws = Laws()
-        # (version, voters): the layout; a host goes by what it has heard of.
-        self.wish: tuple[int, tuple[str, ...]] = (0, self.founders)
+        # (version, voters, witness or ""): the layout; a host goes by what it has heard of.
+        self.wish: Wish = (0, self.founders, self.names[replicas] if witness else "")
         # Clients and moves rest until then.
         self.quiet_until = 0.0
         self.points: dict[str, int] = {}
@@ -124,6 +142,7 @@ class Host:
         self.sim, self.name = sim, name
         self.disk = Disk()
         self.replica: Replica | None = None
+        self.witness: Witness | None = None
         self.running = False
         self.full = False
         self.fsync_slow = 1.0
@@ -156,6 +175,7 @@ class Host:
         founder = self.name in self.sim.founders and not disk.left
         if disk.files is not None or founder:
             self.open(self.sim.founders if founder else ())
+        self.witness = None if disk.witnessed is None else Witness(self, disk.witnessed, owes=True)
         self.mover.begin()
 
     def open(self, founders: Sequence[str]) -> Replica:
@@ -172,6 +192,13 @@ class Host:
         self.replica = Replica(self, disk.files, founders, promised=known[1], owes=owes)
         return self.replica
 
+    def bring_witness(self) -> Witness:
+        """The vote that is here, or a new one; on the disk before anybody hears of it."""
+        if self.witness is None:
+            self.disk.witnessed = Kept(self.sim.random.getrandbits(40) + 1)
+            self.witness = Witness(self, self.disk.witnessed, owes=False)
+        return self.witness
+
     def _new_id(self) -> int:
         kept, self._former_id = self._former_id, 0
         return kept or self.sim.random.getrandbits(40) + 1
@@ -182,7 +209,7 @@ class Host:
         self.life += 1
         if self.replica is not None:
             self.replica.crash()
-        self.replica = None
+        self.replica = self.witness = None
 
     def lose_disk(self) -> None:
         """A new, empty one: the replica must not vote before a primary has admitted it again."""
@@ -192,6 +219,8 @@ class Host:
             self.sim.laws.destroyed.add(files.id)
             self.sim.laws.wiped.add((self.name, files.id))
             self._former_id = files.id if "amnesiac-votes" in self.sim.bugs else 0
+        if self.disk.witnessed is not None:
+            self.sim.laws.wiped.add((self.name, self.disk.witnessed.id))
         self.disk = Disk()
 
     def wipe(self, epoch: int) -> None:
@@ -236,6 +265,8 @@ class Host:
 
     def receive(self, what: str, source: str, *args: Any) -> None:
         def take() -> None:
+            if self.witness is not None and self._for_witness(what, source, *args):
+                return
             if hasattr(self.mover, f"on_{what}"):
                 getattr(self.mover, f"on_{what}")(source, *args)
             elif self.replica is not None:
@@ -243,6 +274,19 @@ class Host:
                 getattr(side, f"on_{what}")(source, *args)
 
         self.later(0.0, take)
+
+    def _for_witness(self, what: str, source: str, *args: Any) -> bool:
+        """Whether that was for it alone."""
+        assert self.witness is not None
+        if what == "echoed":
+            self.witness.on_echoed(source, *args)
+        elif what == "election" and getattr(args[1], "to", 0) == self.witness.vote.id:
+            self.witness.on_election(source, args[1])
+        else:
+            if what == "leads":
+                self.witness.hear(args[0], source)
+            return False
+        return True
 
     def send(self, target: str, what: str, *args: Any) -> None:
         self.sim.send(self.name, target, what, *args)

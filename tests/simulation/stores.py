@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from node.fork import EpochStarts, shared_end
 from node.placement import Placement
+from node.witness import Kept
 from storage.records import Version
 
 NOTHING = Version(0, 0)
@@ -55,6 +56,8 @@ class Disk:
     left: bool = False
     promised: tuple[int, int] | None = None
     files: Files | None = None
+    # Of the vote without data that may be here.
+    witnessed: Kept | None = None
 
 
 @dataclass(slots=True)

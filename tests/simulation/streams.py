@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from node.election import Role
 from node.fork import cut_at, fork_of
+from node.pulls import Beat, Beaten
 from storage.records import Version
 from tests.simulation.stores import NOTHING, Rec, SideName, Snapshot
 
@@ -112,6 +113,26 @@ class Leading:
         replica.send(target, "stream", replica.reign.epoch, replica.host.clock, after, batch, settled)
         if batch:
             replica.point("streamed")
+
+    def beaten(self, source: str, beat: Beat) -> None:
+        """By a witness."""
+        replica = self.replica
+        replica.act(replica.election.on_higher_epoch(beat.promised, replica.host.clock))
+        reign, clock = replica.reign, replica.host.clock
+        if reign is None:
+            return
+        named = replica.placement.witness == (source, beat.id)
+        if beat.epoch == reign.epoch:
+            reign.progress.remember(source, beat.id, beat.remembered)
+            if named:
+                reign.witness_at = replica.sim.now
+                replica.laws.on_count((source, beat.id), beat.epoch)
+                if beat.echo is not None:
+                    replica.election.on_echo(source, beat.echo)
+                    reign.echoed(replica.store.synced)
+            replica.settle()
+        remember = reign.progress.on_majority or reign.insists
+        replica.send(source, "echoed", Beaten(reign.epoch, clock, remember, named))
 
     def fetched(self, source: str, wanted: Version) -> None:
         replica = self.replica

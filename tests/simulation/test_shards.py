@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.simulation.history import run
-from tests.simulation.shards import BUGS
+from tests.simulation.shards import BUGS, WITNESS_BUGS
 
 # So many seeds in `make test`; `make soak SEEDS=…` asks for more.
-SEEDS, SOAK_SEEDS = 60, int(os.environ.get("SEEDS", "1000"))
+SEEDS, WITNESSED_SEEDS, SOAK_SEEDS = 60, 18, int(os.environ.get("SEEDS", "1000"))
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,23 @@ def test_replicas_that_stay_where_they_are_keep_them_too() -> None:
     for seed in range(3):
         result = run(seed, count=3, moves=False)
         assert result.violations == [], f"seed {seed}"
+
+
+@pytest.mark.parametrize("first", range(0, WITNESSED_SEEDS, 6))
+def test_two_replicas_and_a_witness_keep_them_while_replicas_move(first: int) -> None:
+    results = []
+    for seed in range(first, first + 6):
+        result = run(seed, replicas=2, witness=True)
+        assert result.violations == [], f"seed {seed}"
+        assert result.acknowledged > 100, f"seed {seed}: too quiet to show anything"
+        results.append(result)
+    assert all(result.changes for result in results)
+    assert any(result.dismissed and result.points.get("remembered") for result in results)
+
+
+def test_two_replicas_and_a_witness_on_as_many_hosts() -> None:
+    for seed in range(3):
+        assert run(seed, count=3, replicas=2, witness=True, moves=False).violations == [], f"seed {seed}"
 
 
 def test_a_shard_that_leaves_its_founders_is_not_founded_again() -> None:
@@ -89,17 +106,24 @@ NOTICED = {
     "wiped-keeps-id": 0,
     "leader-ignored": 0,
     "forced-low": 3,
+    "witness-counted": 0,
+    "witness-forgets-promise": 0,
+    "witness-forgets-placement": 1,
+    "unsealed": 6,
 }
 
 
 def noticed(bug: str, seed: int) -> bool:
+    witness = bug in WITNESS_BUGS
     try:
-        return bool(run(seed, bugs=frozenset([bug])).violations)
+        return bool(
+            run(seed, replicas=2 if witness else 3, witness=witness, bugs=frozenset([bug])).violations
+        )
     except AssertionError:
         return True  # the machines themselves noticed
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", BUGS + WITNESS_BUGS)
 def test_the_checker_notices_a_planted_mistake(bug: str) -> None:
     # Beside the known seed its neighbours, so that a small change elsewhere does not ask for new numbers.
     first = NOTICED[bug]
@@ -109,7 +133,7 @@ def test_the_checker_notices_a_planted_mistake(bug: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", BUGS + WITNESS_BUGS)
 def test_how_often_each_planted_mistake_is_noticed(bug: str) -> None:
     count = sum(noticed(bug, seed) for seed in range(60))
     print(f"| `{bug}` | {count} of 60 |")
@@ -120,3 +144,9 @@ def test_how_often_each_planted_mistake_is_noticed(bug: str) -> None:
 def test_nothing_acknowledged_is_lost_in_many_seeds() -> None:
     for seed in range(SEEDS, SEEDS + SOAK_SEEDS):
         assert run(seed).violations == [], f"seed {seed}"
+
+
+@pytest.mark.soak
+def test_nothing_acknowledged_is_lost_with_a_witness_in_many_seeds() -> None:
+    for seed in range(WITNESSED_SEEDS, WITNESSED_SEEDS + SOAK_SEEDS // 2):
+        assert run(seed, replicas=2, witness=True).violations == [], f"seed {seed}"

@@ -293,3 +293,28 @@ async def test_where_udp_is_blocked_tcp_takes_over_and_udp_is_tried_again(monkey
         await trio.sleep(0.5)
         a.send(b.address, Ping(101, 2, 0))
         assert a.agent.statistics().udp.packets_out == udp_before + 1, "UDP has a new chance"
+
+
+@on_trio
+async def test_packets_of_another_cluster_of_our_name_and_key_are_not_taken_and_both_ends_say_so() -> None:
+    async with host(1) as a, host(2) as b:
+        b.agent.cluster.be_of("1e" * 16)
+        b.send(a.address, Ping(1, 1, 0))
+        await until(lambda: a.machine.parts)  # who knows of no cluster yet takes whom it hears
+        a.agent.cluster.be_of("0f" * 16)
+        before = len(a.machine.packets), len(b.machine.packets)
+        for _ in range(3):
+            b.send(a.address, Ping(1, 1, 0))
+        b.send(a.address, Ping(1, 1, 0), stream=True)
+        await until(lambda: a.agent.statistics().dropped.get("other_cluster_id") == 4)
+        await until(lambda: b.agent.statistics().dropped.get("other_cluster_id"))
+        assert (len(a.machine.packets), len(b.machine.packets)) == before
+        assert str(b.address) in a.agent.cluster.strangers(trio.current_time())
+        assert str(a.address) in b.agent.cluster.strangers(trio.current_time())
+        # An answer is not answered.
+        await trio.sleep(0.1)
+        assert b.agent.statistics().dropped["other_cluster_id"] <= 4
+        assert a.agent.statistics().dropped["other_cluster_id"] == 4
+        b.agent.cluster.be_of("0f" * 16)
+        b.send(a.address, Ping(1, 1, 0))
+        await until(lambda: len(a.machine.packets) > before[0])

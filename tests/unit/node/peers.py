@@ -29,7 +29,7 @@ QUICK = PeerLimits(heartbeat_s=0.1, silence_s=0.4)
 
 def hello(node: str, **changes: Any) -> Hello:
     return dataclasses.replace(
-        Hello(cluster_id="c", node=node, shard_count=12, dim=8, metric="cosine", boot=1), **changes
+        Hello(cluster="c", node=node, shard_count=12, dim=8, metric="cosine", boot=1), **changes
     )
 
 

@@ -33,7 +33,11 @@ def seen(
 
 def layout(*names: str, **changes: Any) -> Layout:
     members = tuple(Member(name=name) for name in names)
-    return Layout(**{"version": 1, "shard_count": 12, "replication": 3, "members": members, **changes})
+    plain = {"version": 1, "shard_count": 12, "replication": 3, "members": members} | changes
+    if "targets" not in plain:
+        placed = place(members, plain["shard_count"], plain["replication"])
+        plain["targets"] = tuple(one.voters for one in placed)
+    return Layout(**plain)
 
 
 def test_it_waits_until_as_many_as_asked_are_there() -> None:
@@ -53,6 +57,18 @@ def test_the_smallest_name_makes_it_once_all_say_that_they_see_the_same() -> Non
     assert step.layout.members[0] == Member(name="a", region="eu", zone="a", host="h1", capacity=2)
     # Nobody else makes one, whoever agrees.
     assert isinstance(decide(fact("b"), [seen("a", "a b c"), seen("c", "a b c")]), Wait)
+
+
+def test_founders_that_only_witness_found_nothing() -> None:
+    others = [seen("b", "a b c", capacity=0), seen("c", "a b c", capacity=0)]
+    step = decide(fact("a", capacity=0), others)
+    assert isinstance(step, Refuse)
+    assert "only witness" in step.message
+    others = [seen(name, "a b c", replication=2, host=name) for name in "bc"]
+    step = decide(fact("a", capacity=0, replication=2), others)
+    assert isinstance(step, Create)
+    assert set(step.layout.witnesses) == {"a"}
+    assert all("a" not in voters for voters in step.layout.targets)
 
 
 def test_alone_it_needs_nobody() -> None:
@@ -192,13 +208,20 @@ def test_canonical_bytes_are_one_spelling() -> None:
         layout_from(b"\x93\x01")
 
 
-def test_targets_travel_with_it_and_the_earlier_form_is_still_read() -> None:
+def test_targets_and_witnesses_travel_with_it() -> None:
     old = layout("a", "b", "c")
-    assert old.wished() == tuple(one.voters for one in place(old.members, 12, 3))
     targets = tuple(("b", "a") if shard % 2 else ("a", "c") for shard in range(12))
     new = layout("a", "b", "c", replication=2, targets=targets, base=old.hash, cluster_id="0f" * 16)
     assert layout_from(new.canonical) == new
     assert new.placements()[1].voters == ("b", "a")
+    votes = tuple("" if shard == 3 else "c" if shard % 2 else "b" for shard in range(12))
+    witnessed = layout("a", "b", "c", replication=2, targets=targets, witnesses=votes)
+    assert layout_from(witnessed.canonical) == witnessed
+    assert (witnessed.witness(2), witnessed.witness(3)) == ("b", "")
+    assert witnessed.hash != layout("a", "b", "c", replication=2, targets=targets).hash
+    for wrong_votes in (("a",) * 12, ("z",) * 12, ("b",) * 11):
+        with pytest.raises(LayoutError):
+            layout("a", "b", "c", replication=2, targets=targets, witnesses=wrong_votes)
     many = layout(*sorted(f"n{i}" for i in range(300)), targets=(("n299", "n0", "n17"),) * 12)
     assert layout_from(many.canonical) == many
     for wrong in ((("a", "a"),) * 12, (("a", "z"),) * 12, (("a", "b"),) * 11, (("a",),) * 12):
@@ -206,6 +229,12 @@ def test_targets_travel_with_it_and_the_earlier_form_is_still_read() -> None:
             layout("a", "b", "c", replication=2, targets=wrong)
     with pytest.raises(LayoutError):
         layout_from(new.canonical.replace(b"\x00\x02", b"\x00\x09"))
+    only = tuple(Member(name=name, capacity=name != "c") for name in "abc")
+    assert layout(
+        "a", "b", "c", replication=2, members=only, targets=(("a", "b"),) * 12, witnesses=("c",) * 12
+    )
+    with pytest.raises(LayoutError):  # who only witnesses holds nothing
+        layout("a", "b", "c", replication=2, members=only, targets=(("a", "c"),) * 12)
 
 
 def test_the_file_holds_it_and_a_strange_one_is_refused(tmp_path: Path) -> None:
@@ -222,7 +251,7 @@ def test_the_file_holds_it_and_a_strange_one_is_refused(tmp_path: Path) -> None:
     for bad, error in (
         (good.replace('"b"', '"x"'), DamagedFileError),
         (good[:40], DamagedFileError),
-        (good.replace('"format": 2', '"format": 3'), FormatError),
+        (good.replace('"format": 3', '"format": 4'), FormatError),
     ):
         path.write_text(bad)
         with pytest.raises(error):

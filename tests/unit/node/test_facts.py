@@ -33,7 +33,7 @@ from node.facts import (
     unpack_shards,
     view_of,
 )
-from router.layout import Layout, Member
+from router.layout import Layout, Member, place
 
 FACT = NodeFact(
     name="n1",
@@ -54,7 +54,8 @@ FACT = NodeFact(
 
 def layout(count: int) -> Layout:
     members = tuple(Member(name=f"node-{i:04}", region="eu-west", zone=f"z{i % 3}") for i in range(count))
-    return Layout(version=1, shard_count=100, replication=3, members=members)
+    targets = tuple(one.voters for one in place(members, 100, 3))
+    return Layout(version=1, shard_count=100, replication=3, members=members, targets=targets)
 
 
 def test_a_nodes_fact_survives_and_a_newer_one_is_read() -> None:

@@ -79,7 +79,7 @@ async def pair(
     begin(theirs, 2, placement)
     put(theirs, 2, *range(items // 2, items))
     follower, primary = actor_of(ours, "a"), actor_of(theirs, "b")
-    primary.reign = Reign(2, Progress("b", ("b", "a")), 1)
+    primary.reign = Reign(2, Progress("b", placement, 2, 1))
     snapshots = Snapshots({0: primary}, path / "b" / "snapshots", expire_s=1.0)
     handlers = {op: coded(handler) for op, handler in snapshots.handlers().items()}
     async with trio.open_nursery() as nursery:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import msgpack
 import pytest
 
-from node.frames import FrameParser, Hello, ProtocolError, pack_hello, unpack_hello
+from node.frames import (
+    FrameParser,
+    Hello,
+    HelloRefusedError,
+    ProtocolError,
+    check_hello,
+    pack_hello,
+    unpack_hello,
+)
 
-HELLO = Hello(cluster_id="c", node="a", shard_count=12, dim=8, metric="cosine", boot=1)
+HELLO = Hello(cluster="c", node="a", shard_count=12, dim=8, metric="cosine", boot=1)
 
 
 def frame(payload: bytes) -> bytes:
@@ -33,5 +42,27 @@ def test_frames_are_found_wherever_they_are_torn(step: int) -> None:
 
 
 def test_a_hello_may_gain_fields() -> None:
-    said = msgpack.unpackb(pack_hello(HELLO, "no")) | {"new": 1}
-    assert unpack_hello(msgpack.packb(said)) == (HELLO, "no")
+    said = msgpack.unpackb(pack_hello(HELLO, HelloRefusedError("no", "other_cluster"))) | {"new": 1}
+    hello, refused = unpack_hello(msgpack.packb(said))
+    assert hello == HELLO
+    assert refused is not None
+    assert (str(refused), refused.code) == ("no", "other_cluster")
+    # And be of a node that knows of no layout, or gives no code.
+    del said["cluster_id"], said["code"]
+    hello, refused = unpack_hello(msgpack.packb(said))
+    assert (hello.cluster_id, refused and refused.code) == ("", "refused")
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "taken"),
+    [("", "", True), ("0f", "", True), ("", "0f", True), ("0f", "0f", True), ("0f", "1e", False)],
+)
+def test_two_clusters_of_one_name_are_two(mine: str, theirs: str, taken: bool) -> None:
+    one = dataclasses.replace(HELLO, cluster_id=mine)
+    other = dataclasses.replace(HELLO, node="b", cluster_id=theirs)
+    if taken:
+        check_hello(one, other)
+        return
+    with pytest.raises(HelloRefusedError, match="another cluster of the same name") as caught:
+        check_hello(one, other)
+    assert caught.value.code == "other_cluster"

@@ -15,7 +15,8 @@ from node.facts import Health, Held, Load, pack_hot, pack_node, pack_primaries, 
 from node.members import Members
 from node.routing import GossipCluster
 from node.status import members_status
-from router.layout import Layout, Placement
+from router.layout import Placement
+from router.planning import first_layout
 from tests.unit.node.gossips import FakeGossip, Hub
 from tests.unit.node.peers import on_trio
 from tests.unit.node.test_bootstrap import fact
@@ -78,7 +79,7 @@ async def test_of_two_with_one_name_the_living_one_then_the_smaller_id_counts() 
 @on_trio
 async def test_who_has_left_is_told_from_who_was_never_heard() -> None:
     hub, members, _ = pair()
-    layout = Layout(version=1, shard_count=4, replication=3, members=tuple(fact(n).member() for n in "abc"))
+    layout = first_layout([fact(n).member() for n in "abc"], 4, 3, "0f" * 16)
     parts = SimpleNamespace(members=members, layout=layout, links=FakeLinks())
 
     def states() -> dict[str, str]:

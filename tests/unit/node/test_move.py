@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.move import Bring, Done, HandOver, Place, Sight, Step, Wait, next_step
+from node.move import Bring, BringWitness, Done, HandOver, Place, Sight, Step, Wait, next_step
 from node.placement import Placement
 
 IDS = {name: number for number, name in enumerate("abcdef", 1)}
@@ -147,3 +147,124 @@ def test_a_shard_goes_back_to_its_preferred_primary_once_that_is_fit_and_nothing
     assert next_step(placed("abc"), tuple("bac"), sighted(first=True)) == HandOver("b")
     assert next_step(placed("abc"), tuple("abc"), sighted(first=True)) == Done()
     assert next_step(placed("abc"), tuple("bad"), sighted(first=True)) == Bring("d")
+
+
+# -- witnesses -------------------------------------------------------------------------------------------------------------
+
+
+def witnessed(
+    placement: Placement,
+    target: str,
+    witness: str,
+    *,
+    dead: str = "",
+    level: str = "abcdef",
+    votes: str = "",
+    heard: bool = True,
+    own: str = "a",
+    brought: str = "",
+) -> Step:
+    sight = Sight(
+        own,
+        lambda n: n not in dead,
+        lambda n: n in level,
+        {n: IDS[n] for n in brought},
+        lambda _n: True,
+        votes={n: 10 * IDS[n] for n in votes},
+        witness_heard=heard,
+    )
+    return next_step(placement, tuple(target), sight, witness)
+
+
+def with_witness(voters: str, witness: str, learners: str = "") -> Placement:
+    return placed(voters, learners).witnessed((witness, 10 * IDS[witness]))
+
+
+def test_a_witness_comes_once_the_data_is_where_it_is_wished() -> None:
+    assert witnessed(placed("ab"), "ab", "c") == BringWitness("c")
+    assert witnessed(placed("ab"), "ac", "d") == Bring("c")
+    comes = witnessed(placed("ab"), "ab", "c", votes="c")
+    assert isinstance(comes, Place)
+    assert comes.placement == with_witness("ab", "c")
+    assert witnessed(comes.placement, "ab", "c") == Done()
+    assert witnessed(placed("ab"), "ab", "c", dead="c") == Done()
+    # Also while a replica is waited for; but it holds no data meanwhile.
+    assert witnessed(placed("ab", "d"), "ad", "c", level="ab") == BringWitness("c")
+    assert isinstance(witnessed(placed("ab", "d"), "ad", "b", level="ab"), Wait)
+    assert witnessed(placed("abd"), "abd", "") == Done()
+
+
+def test_it_goes_when_a_third_replica_votes_and_not_before() -> None:
+    assert isinstance(witnessed(with_witness("ab", "c", "d"), "abd", "", level="ab"), Wait)
+    joins = witnessed(with_witness("ab", "c", "d"), "abd", "")
+    assert isinstance(joins, Place)
+    assert joins.placement == with_witness("abd", "c")
+    goes = witnessed(joins.placement, "abd", "")
+    assert isinstance(goes, Place)
+    assert goes.placement == placed("abd")
+
+
+def test_one_that_is_to_hold_data_gives_its_vote_back_first() -> None:
+    goes = witnessed(with_witness("ab", "c", "c"), "abc", "")
+    assert isinstance(goes, Place)
+    assert goes.placement == placed("ab", "c")
+    # Where a voter is dead it goes before, or nobody could be elected in between.
+    goes = witnessed(with_witness("ab", "c", "c"), "ac", "", dead="b")
+    assert isinstance(goes, Place)
+    assert goes.placement == with_witness("a", "c", "c")
+
+
+def test_another_takes_its_place_and_one_that_has_lost_its_vote_gets_a_new_one() -> None:
+    goes = witnessed(with_witness("ab", "c"), "ab", "d", dead="c")
+    assert isinstance(goes, Place)
+    assert goes.placement == placed("ab")
+    assert witnessed(with_witness("ab", "c"), "ab", "d", dead="cd") == Done()
+    silent = with_witness("ab", "c")
+    assert witnessed(silent, "ab", "c", heard=False) == BringWitness("c")
+    assert witnessed(silent, "ab", "c", heard=False, votes="c") == Done(), "the same vote: only silent"
+    anew = witnessed(silent.witnessed(("c", 5)), "ab", "c", heard=False, votes="c")
+    assert isinstance(anew, Place)
+    assert anew.placement == silent
+
+
+@given(
+    st.permutations("abcdef"), st.permutations("abcdef"), st.sets(st.sampled_from("abcdef"), max_size=1),
+    st.integers(2, 3),
+)  # fmt: skip
+def test_every_move_with_a_witness_ends_and_changes_one_vote_at_a_time(
+    first: list[str], wish: list[str], dead: set[str], replicas: int
+) -> None:
+    placement = with_witness("".join(first[:2]), first[2])
+    target, witness = "".join(wish[:replicas]), wish[replicas] if replicas == 2 else ""
+    own = next(n for n in first[:2] if n not in dead)
+    brought, votes = "", ""
+    for _ in range(60):
+        done = witnessed(
+            placement,
+            target,
+            witness,
+            own=own,
+            dead="".join(dead),
+            level="abcdef",
+            votes=votes,
+            brought=brought,
+        )
+        if isinstance(done, Bring):
+            brought += done.name
+        elif isinstance(done, BringWitness):
+            votes += done.name
+        elif isinstance(done, HandOver):
+            own = done.to
+        elif isinstance(done, Place):
+            before, after = set(placement.electors), set(done.placement.electors)
+            assert len(before ^ after) <= 1, "one vote at a time"
+            assert len(done.placement.electors) == len(after), "nobody votes twice"
+            there = [n for n in after if n not in dead]
+            assert 2 * len(there) > len(after), "never without a majority"
+            placement = done.placement
+        else:
+            break
+    else:
+        raise AssertionError("it never ends")
+    if not dead:
+        assert (set(placement.names), placement.witness_name) == (set(target), witness)

@@ -279,7 +279,7 @@ async def empty_again(path: Path) -> None:
         actor.leads, actor.primary = False, ""
     mover, _ = mover_of({0: blank, 1: known}, (("a", "b"),) * 2, path)
     mover._members.reign = lambda shard: (7, "b")  # type: ignore[method-assign]
-    mover._failover.hear = lambda actor, epoch, name: told.append((actor.shard, epoch, name))  # type: ignore
+    mover._failover.hear = lambda shard, epoch, name: told.append((shard, epoch, name))  # type: ignore
     async with trio.open_nursery() as nursery:
         await nursery.start(mover.run)
         await trio.sleep(3 * EVERY_S)

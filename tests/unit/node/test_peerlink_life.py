@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from typing import Any
@@ -23,7 +24,8 @@ from tests.unit.node.peers import ANY, HANDLERS, QUICK, hello, linked, on_trio, 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"cluster_id": "other"}, "different cluster_id"),
+        ({"cluster": "other"}, "other_cluster: .*different cluster"),
+        ({"cluster_id": "1e" * 16}, "other_cluster: .*another cluster of the same name"),
         ({"shard_count": 100}, "different shard_count"),
         ({"dim": 1024}, "different dim"),
         ({"metric": "dot"}, "different metric"),
@@ -33,8 +35,9 @@ from tests.unit.node.peers import ANY, HANDLERS, QUICK, hello, linked, on_trio, 
 )
 @on_trio
 async def test_strangers_are_refused_and_told_why(changes: dict[str, Any], said: str) -> None:
-    async with linked(theirs=hello(**{"node": "b"} | changes), connect=False) as (link, listener):
-        await until(lambda: said in link.statistics().last_error)
+    ours, theirs = hello("a", cluster_id="0f" * 16), hello(**{"node": "b"} | changes)
+    async with linked(mine=ours, theirs=theirs, connect=False) as (link, listener):
+        await until(lambda: re.search(said, link.statistics().last_error))
         assert listener.statistics().refused_hellos >= 1
         with pytest.raises(PeerGoneError, match=said) as caught:
             await link.call("echo", 1, 1.0)

@@ -25,7 +25,7 @@ from node.promises import Promises, load, save
 from storage.errors import DamagedFileError, FormatError
 from tests.unit.node.peers import on_trio
 
-KNOWN = {0: (7, 3), 16: (1 << 63, 1 << 40)}
+KNOWN = {0: (7, 3, 0), 16: (1 << 63, 1 << 40, 1 << 39)}
 
 
 class Runner:
@@ -58,11 +58,13 @@ async def keeping(path: Path, runner: Any) -> AsyncIterator[Promises]:
 
 @given(
     st.dictionaries(
-        st.integers(0, 65_535), st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, 1 << 60)), max_size=20
+        st.integers(0, 65_535),
+        st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, 1 << 60), st.integers(0, 1 << 60)),
+        max_size=20,
     )
 )
 def test_what_is_saved_is_loaded(
-    tmp_path_factory: pytest.TempPathFactory, known: dict[int, tuple[int, int]]
+    tmp_path_factory: pytest.TempPathFactory, known: dict[int, tuple[int, int, int]]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "promises"
     save(path, known)
@@ -79,7 +81,7 @@ async def test_a_promise_is_on_the_disk_before_keep_returns(tmp_path: Path) -> N
     async with DedicatedThread("promises") as thread, keeping(path, thread) as kept:
         for epoch in (1, 2, 5):
             await kept.keep(3, 77, epoch)
-            assert load(path) == {3: (77, epoch)}, "what another start would find"
+            assert load(path) == {3: (77, epoch, 0)}, "what another start would find"
             assert kept.of(3, 77) == epoch
 
 
@@ -96,7 +98,7 @@ async def test_promises_that_wait_while_one_is_written_share_the_next_write(tmp_
         assert kept.of(0, 1) is None, "not known before it is on the disk"
         runner.gate.set()
     assert runner.calls == 2
-    assert load(path) == {0: (1, 5)} | {shard: (1, shard) for shard in range(1, 100)}
+    assert load(path) == {0: (1, 5, 0)} | {shard: (1, shard, 0) for shard in range(1, 100)}
 
 
 @on_trio
@@ -105,11 +107,24 @@ async def test_the_greatest_promise_of_a_replica_stays(tmp_path: Path) -> None:
     async with keeping(path, Runner()) as kept:
         await kept.keep(0, 1, 9)
         await kept.keep(0, 1, 4)
-        assert load(path) == {0: (1, 9)}
+        assert load(path) == {0: (1, 9, 0)}
         async with trio.open_nursery() as nursery:  # in one write, too
             for epoch in (11, 30, 12):
                 nursery.start_soon(kept.keep, 0, 1, epoch)
-        assert load(path) == {0: (1, 30)}
+        assert load(path) == {0: (1, 30, 0)}
+
+
+@on_trio
+async def test_what_a_witness_promises_and_what_it_remembers_go_back_neither(tmp_path: Path) -> None:
+    path = tmp_path / "witnessed"
+    async with keeping(path, Runner()) as kept:
+        await kept.keep(0, 1, 9, 0)
+        await kept.keep(0, 1, 0, 7)
+        assert load(path) == kept.entries() == {0: (1, 9, 7)}
+        await kept.keep(0, 1, 10, 3)
+        assert load(path) == {0: (1, 10, 7)}
+        await kept.keep(0, 2, 0)
+        assert load(path) == {0: (2, 0, 0)}
 
 
 @on_trio
@@ -120,7 +135,7 @@ async def test_another_replica_of_that_shard_begins_anew(tmp_path: Path) -> None
         assert kept.of(0, 2) is None, "what a replica on another disk has promised says nothing of this one"
         await kept.keep(0, 2, 0)
         assert (kept.of(0, 1), kept.of(0, 2)) == (None, 0)
-        assert load(path) == {0: (2, 0)}
+        assert load(path) == {0: (2, 0, 0)}
 
 
 @on_trio
@@ -135,10 +150,10 @@ async def test_a_promise_that_cannot_be_written_is_not_given_and_the_next_one_ma
         with pytest.raises(OSError):
             await kept.keep(0, 1, 3)
         assert kept.of(0, 1) == 2
-        assert load(path) == {0: (1, 2)}
+        assert load(path) == {0: (1, 2, 0)}
         runner.error = None
         await kept.keep(0, 1, 4)
-        assert load(path) == {0: (1, 4)}
+        assert load(path) == {0: (1, 4, 0)}
 
 
 @on_trio
@@ -156,7 +171,7 @@ async def test_a_failed_write_leaves_the_old_file_and_nothing_else(
             patched.setattr(os, "fsync", full)
             with pytest.raises(OSError):
                 await kept.keep(0, 1, 3)
-    assert load(path) == {0: (1, 2)}
+    assert load(path) == {0: (1, 2, 0)}
     assert os.listdir(tmp_path) == ["promises"]
 
 
@@ -197,8 +212,8 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"\xc1", msgpack.packb(5), msgpack.packb([1]), msgpack.packb([1, 5]), msgpack.packb([1, {0: 5}]),
-     msgpack.packb([1, {"x": [1, 2]}]), msgpack.packb([1, {0: [None, 2]}]), msgpack.packb([1, [1, 2]])],
+    [b"", b"\xc1", msgpack.packb(5), msgpack.packb([2]), msgpack.packb([2, 5]), msgpack.packb([2, {0: 5}]),
+     msgpack.packb([2, {"x": [1, 2, 0]}]), msgpack.packb([2, {0: [None, 2, 0]}]), msgpack.packb([2, [1, 2]])],
 )  # fmt: skip
 def test_what_is_whole_and_no_list_of_promises_is_damage(tmp_path: Path, body: bytes) -> None:
     path = tmp_path / "promises"

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.fork import EpochStarts
+from node.placement import Placement
 from node.replication import (
     SLACK_MS,
     WAIT_MS,
@@ -31,6 +32,10 @@ def record(sequence: int, history: int = 0) -> Fingerprint:
 STARTS = EpochStarts([(1, 1)])
 
 
+def progress_of(voters: tuple[str, ...]) -> Progress:
+    return Progress("a", Placement(tuple((name, 1) for name in voters)), epoch=1, began=1)
+
+
 def name(progress: Progress, follower: str, named: Fingerprint) -> Matched | Diverged | Fork:
     """A pull by a voter, with a look-up in a primary's log of history 0 where one is asked for."""
     step: Matched | LookUp | Fork | Diverged = progress.pulled(follower, named, STARTS)
@@ -42,7 +47,7 @@ def name(progress: Progress, follower: str, named: Fingerprint) -> Matched | Div
 
 
 def test_quorum_is_the_middle_and_all_the_least() -> None:
-    progress = Progress("a", ("a", "b", "c"))
+    progress = progress_of(("a", "b", "c"))
     progress.durable(10, 0.0)
     assert (progress.reached("primary"), progress.reached("quorum"), progress.reached("all")) == (10, 0, 0)
     name(progress, "b", record(7))
@@ -55,7 +60,7 @@ def test_quorum_is_the_middle_and_all_the_least() -> None:
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 50))), st.integers(1, 5))
 def test_reached_is_what_that_many_disks_hold(pulls: list[tuple[str, int]], count: int) -> None:
     voters = tuple("abcde"[:count])
-    progress = Progress("a", voters)
+    progress = progress_of(voters)
     progress.durable(50, 0.0)
     for voter, sequence in pulls:
         if voter != "a":
@@ -68,7 +73,7 @@ def test_reached_is_what_that_many_disks_hold(pulls: list[tuple[str, int]], coun
 
 
 def test_a_stranger_and_an_old_pull_change_nothing() -> None:
-    progress = Progress("a", ("a", "b", "c"))
+    progress = progress_of(("a", "b", "c"))
     progress.durable(100, 0.0)
     name(progress, "z", record(100))
     name(progress, "b", record(5))
@@ -77,7 +82,7 @@ def test_a_stranger_and_an_old_pull_change_nothing() -> None:
 
 
 def test_a_position_counts_only_when_its_record_is_ours() -> None:
-    progress = Progress("a", ("a", "b", "c"))
+    progress = progress_of(("a", "b", "c"))
     progress.durable(10, 0.0)
     assert progress.pulled("b", record(7), STARTS) == LookUp()
     assert progress.holders(7) == 1, "nothing counts before the look-up"
@@ -93,7 +98,7 @@ def test_a_position_counts_only_when_its_record_is_ours() -> None:
 
 
 def test_an_idle_follower_and_an_empty_one_need_no_look_up() -> None:
-    progress = Progress("a", ("a", "b"))
+    progress = progress_of(("a", "b"))
     progress.durable(10, 0.0)
     assert progress.pulled("b", EMPTY, STARTS) == Matched()
     assert progress.pulled("b", record(7), STARTS) == LookUp()
@@ -105,7 +110,7 @@ def test_an_idle_follower_and_an_empty_one_need_no_look_up() -> None:
 
 
 def test_a_follower_that_parts_takes_back_what_it_named_before() -> None:
-    progress = Progress("a", ("a", "b"))
+    progress = progress_of(("a", "b"))
     progress.durable(10, 0.0)
     name(progress, "b", record(9))
     assert progress.reached("all") == 9
@@ -120,7 +125,7 @@ def test_a_follower_that_parts_takes_back_what_it_named_before() -> None:
 def test_a_log_that_has_left_ours_is_told_where() -> None:
     """Ours has epoch 1 up to 5 and epoch 3 from 6 to 10."""
     starts = EpochStarts([(1, 1), (3, 6)])
-    progress = Progress("a", ("a", "b"))
+    progress = progress_of(("a", "b"))
     progress.durable(10, 0.0)
     for named, at in (
         (Fingerprint(1, 8, 0), Version(1, 5)),
@@ -137,7 +142,7 @@ def test_a_log_that_has_left_ours_is_told_where() -> None:
 @given(st.lists(st.tuples(st.sampled_from("bcd"), st.integers(0, 12), st.integers(0, 2)), max_size=40))
 def test_log_matching(pulls: list[tuple[str, int, int]]) -> None:
     """`log-matching`."""
-    progress = Progress("a", tuple("abcd"))
+    progress = progress_of(tuple("abcd"))
     progress.durable(10, 0.0)
     best = dict.fromkeys("bcd", 0)
     for follower, sequence, history in pulls:
@@ -155,7 +160,7 @@ def test_log_matching(pulls: list[tuple[str, int, int]]) -> None:
 
 
 def test_lag_counts_from_when_the_primary_passed_the_position() -> None:
-    progress = Progress("a", ("a", "b"))
+    progress = progress_of(("a", "b"))
     progress.durable(1, 1.0)
     progress.durable(2, 3.0)
     assert progress.lag_ms(1, 4.0) == 1_000
@@ -189,3 +194,48 @@ def test_a_long_poll_is_no_lag_and_everything_else_is() -> None:
     assert lag(300, following=False) == 300, "the stream is cut"
     assert lag(300, behind=2, old_ms=70) == 370
     assert bound < 2_000, "routing must hear of it before it looks away"
+
+
+def witnessed(former: Placement | None = None) -> Progress:
+    placement = Placement((("a", 1), ("b", 1)), witness=("w", 9))
+    if former is not None:
+        placement = placement.after(former)
+    return Progress("a", placement, epoch=4, began=7)
+
+
+def test_a_witness_is_no_disk() -> None:
+    progress = witnessed()
+    progress.durable(10, 0.0)
+    progress.remember("w", 9, 4)
+    assert (progress.reached("primary"), progress.reached("quorum"), progress.reached("all")) == (10, 0, 0)
+    assert progress.holders(10) == 1
+    progress.count("w", 10)
+    assert progress.reached("quorum") == 0, "whatever it may claim"
+    progress.count("b", 9)
+    assert (progress.reached("quorum"), progress.on_majority, progress.established) == (9, True, True)
+
+
+def test_nothing_is_on_a_quorum_before_those_left_behind_can_elect_nobody() -> None:
+    """b was taken out while it was away; it and the witness would be a majority of what it knows of."""
+    former = Placement((("a", 1), ("b", 1)), witness=("w", 9))
+    progress = Progress("a", Placement((("a", 1),), witness=("w", 9)).after(former), epoch=4, began=7)
+    progress.durable(10, 0.0)
+    assert (progress.on_majority, progress.reached("quorum"), progress.reached("all")) == (True, 0, 0)
+    assert not progress.established
+    progress.remember("w", 8, 4)
+    progress.remember("w", 9, 3)
+    assert progress.reached("quorum") == 0, "another vote's memory, and of another epoch"
+    progress.remember("w", 9, 4)
+    assert (progress.reached("quorum"), progress.established) == (10, True)
+
+
+def test_of_two_disks_one_that_is_gone_is_made_up_for_by_the_witnesss_memory() -> None:
+    progress = witnessed()
+    progress.durable(10, 0.0)
+    assert not progress.stuck(4 * 1.5, 1.5), "not for a short absence"
+    assert progress.stuck(4 * 1.5 + 0.1, 1.5)
+    assert not progress.established
+    progress.remember("w", 9, 4)
+    assert progress.established
+    assert progress.reached("quorum") == 0, "for changes of the placement, not for what is written"
+    assert not progress_of(("a", "b", "c")).stuck(1e9, 1.5)

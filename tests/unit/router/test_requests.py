@@ -305,7 +305,7 @@ def test_metadata_keeps_to_what_every_reader_can_take() -> None:
         ({"action": "set", "node": "a"}, "bad_request"),
         ({"action": "set", "node": "a", "replication": 2}, "bad_request"),
         ({"action": "set", "replication": 2, "zone": "z"}, "bad_request"),
-        ({"action": "join", "node": "a", "capacity": 0}, "out_of_range"),
+        ({"action": "join", "node": "a", "capacity": -1}, "out_of_range"),
         ({"action": "recover", "force": False}, "missing_field"),
     ],
 )
