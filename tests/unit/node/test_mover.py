@@ -67,7 +67,7 @@ class Led:
     def __init__(self, shard: int, *names: str) -> None:
         self.shard, self.leads, self.settled, self.primary = shard, True, True, "a"
         self.placement = Placement(tuple((name, number) for number, name in enumerate(names, 1)))
-        self.hint, self.reign = (3, "a"), SimpleNamespace(epoch=3)
+        self.hint, self.reign = (3, "a"), SimpleNamespace(epoch=3, witness_at=0.0, since=0.0)
         self.purges = 0
 
     def is_level(self, name: str) -> bool:
