@@ -51,14 +51,18 @@ class ChangeFeed:
         now = trio.current_time()
         if records is None:
             self._telling.replaced(actor.shard, now)
-            if self.caches is not None:
-                self.caches.drop_all()
+            self._drop()
             return
         changes = [change for record in records if (change := _change(record)) is not None]
         if changes:
             self._telling.applied(actor.shard, changes, actor.leads, now)
             for change in changes:
                 self._note(change.id, change.version)
+
+    def _drop(self) -> None:
+        self._hearing.dropped()
+        if self.caches is not None:
+            self.caches.drop_all()
 
     def _note(self, id_: int, version: tuple[int, int] | None) -> None:
         if self.caches is None:
@@ -83,8 +87,8 @@ class ChangeFeed:
         leading = self._leading(now)
         self._telling.begin_round(leading, now)
         led = self._telling.led(leading, now)
-        if self._hearing.hear_self(self._boot, led, self._telling.tick, now) and self.caches is not None:
-            self.caches.drop_all()
+        if self._hearing.hear_self(self._boot, led, self._telling.tick, now):
+            self._drop()
         self.changes.expire(now)
         for peer in self._links:
             if self._links.connected(peer):
@@ -118,8 +122,8 @@ class ChangeFeed:
             told = Told.read(body)
         except (TypeError, ValueError) as error:
             raise RemoteError("bad_request", f"the message could not be read: {error}") from error
-        if self._hearing.hear(peer, told, trio.current_time()) and self.caches is not None:
-            self.caches.drop_all()
+        if self._hearing.hear(peer, told, trio.current_time()):
+            self._drop()
         for user_id, epoch, sequence in told.users:
             self._note(user_id, (epoch, sequence))
         for media_id in told.items:
