@@ -23,6 +23,9 @@ TICK_S = TICK_MS / 1000
 ANSWER_S = 1.0
 
 
+LOOK_AGAIN_S = 0.02
+
+
 class Forgetful(Protocol):
     """`router.caching.Caches`."""
 
@@ -44,6 +47,7 @@ class ChangeFeed:
         self._hearing = Hearing(name, shard_count)
         self.changes = Changes(now)
         self.caches: Forgetful | None = None
+        self._looked_at = now
 
     # -- what replicas apply --------------------------------------------------------------------------------------
 
@@ -52,8 +56,7 @@ class ChangeFeed:
         now = trio.current_time()
         if records is None:
             self._telling.replaced(actor.shard, now)
-            if self.caches is not None:
-                self.caches.drop_all()
+            self._drop()
             return
         if isinstance(records, Columns):
             changes = changes_of(records)
@@ -63,6 +66,11 @@ class ChangeFeed:
             self._telling.applied(actor.shard, changes, actor.leads, now)
             for change in changes:
                 self._note(change.id, change.version)
+
+    def _drop(self) -> None:
+        self._hearing.dropped()
+        if self.caches is not None:
+            self.caches.drop_all()
 
     def _note(self, id_: int, version: tuple[int, int] | None) -> None:
         if self.caches is None:
@@ -86,15 +94,18 @@ class ChangeFeed:
         now = trio.current_time()
         leading = self._leading(now)
         self._telling.begin_round(leading, now)
-        led = self._telling.led(leading, now)
-        if self._hearing.hear_self(self._boot, led, self._telling.tick, now) and self.caches is not None:
-            self.caches.drop_all()
+        self._hear_self(leading, now)
         self.changes.expire(now)
         for peer in self._links:
             if self._links.connected(peer):
                 told = self._telling.compose(peer, leading, now)
                 if told is not None:
                     nursery.start_soon(self._tell, peer, told)
+
+    def _hear_self(self, leading: Mapping[int, int], now: float) -> None:
+        led = self._telling.led(leading, now)
+        if self._hearing.hear_self(self._boot, led, self._telling.tick, now):
+            self._drop()
 
     def _leading(self, now: float) -> dict[int, int]:
         """shard → epoch, of those that this node leads and whose lease holds: nobody else acknowledges their writes."""
@@ -122,8 +133,8 @@ class ChangeFeed:
             told = Told.read(body)
         except (TypeError, ValueError) as error:
             raise RemoteError("bad_request", f"the message could not be read: {error}") from error
-        if self._hearing.hear(peer, told, trio.current_time()) and self.caches is not None:
-            self.caches.drop_all()
+        if self._hearing.hear(peer, told, trio.current_time()):
+            self._drop()
         for user_id, epoch, sequence in told.users:
             self._note(user_id, (epoch, sequence))
         for media_id in told.items:
@@ -133,6 +144,12 @@ class ChangeFeed:
     # -- router.ports.Trust ---------------------------------------------------------------------------------------
 
     def current(self, now: float) -> bool:
+        if self._hearing.current(now):
+            return True
+        if now >= self._looked_at + LOOK_AGAIN_S:
+            # A round may be late because this process was held up. What we lead ourselves we need not be told.
+            self._looked_at = now
+            self._hear_self(self._leading(now), now)
         return self._hearing.current(now)
 
     def trusts(self, origin: Origin) -> bool:

@@ -130,6 +130,11 @@ class Hearing:
         self._until = min(one.heard_at for one in self._shards) + SILENT_S
         return drop
 
+    def dropped(self) -> None:
+        """Our memory begins anew: what was settled before says nothing of it, and the next message does."""
+        for sender in self._senders.values():
+            sender.settled.clear()
+
     def trusts(self, origin: Origin, complete_since: float) -> bool:
         """Whether a value of that origin was begun when our memory was complete already."""
         known = self._senders.get(origin.node)

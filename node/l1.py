@@ -35,6 +35,7 @@ PUT_BYTES_MAX = 16 << 20
 VALUE_BYTES_MAX = 256 << 10
 # While Redis has no memory, values are not sent to be refused.
 FULL_S = 1.0
+GATHER_S = 0.001
 COMPLAIN_EVERY_S = 60.0
 
 
@@ -85,6 +86,8 @@ class RedisStore:
         # When the trip that is under way began.
         self._away_since: float | None = None
         self._full_until = 0.0
+        # By how many the last trip was asked for.
+        self._asked = 0
         self._complaints = Every(COMPLAIN_EVERY_S)
         self.counters = L1Counters()
 
@@ -129,8 +132,8 @@ class RedisStore:
                 task_status.started()
                 while True:
                     await self._wake.wait()
-                    # Who else is about to ask comes along.
-                    await trio.lowlevel.checkpoint()
+                    # Who else is about to ask comes along; where several ask, more do soon, and a trip costs more than a key.
+                    await trio.sleep(GATHER_S if self._asked > 1 or len(self._asks) > 1 else 0)
                     await self._go()
         finally:
             self._running = False
@@ -141,6 +144,7 @@ class RedisStore:
     async def _go(self) -> None:
         asks = [self._asks.popleft() for _ in range(min(TRIP_ASKS, len(self._asks)))]
         asks = [ask for ask in asks if not ask.over]
+        self._asked = len(asks)
         puts = self._take_puts()
         if not self._asks and not self._puts:
             self._wake = trio.Event()

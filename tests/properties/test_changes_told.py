@@ -11,7 +11,7 @@ import pytest
 
 from node import hearing, telling
 from node.hearing import Hearing
-from node.telling import Change, Telling, Told
+from node.telling import Change, Led, Telling, Told
 from router.cachevalues import Origin
 from router.changes import Changes
 
@@ -49,6 +49,7 @@ class Node:
 
     def drop(self, now: float) -> None:
         self.changes.drop(now)
+        self.hearing.dropped()
         self.noted.clear()
 
 
@@ -268,3 +269,16 @@ def test_a_replica_made_anew_covers_nothing_from_before() -> None:
     told = one.compose("b", {0: 2, 1: 2}, 100.0)
     assert told is not None
     assert told.users == []
+
+
+def test_values_are_trusted_soon_after_everything_was_dropped() -> None:
+    """Not only at the next sample: else a node would revalidate for long what it makes itself after its start."""
+    one, changes = Hearing("b", 1), Changes(0.0)
+    led = [Led(0, 1, 0)]
+    assert one.hear_self(1, led, 1, 0.1)
+    one.dropped()
+    changes.drop(0.1)
+    assert not one.hear_self(1, led, 2, 0.3)
+    assert one.trusts(Origin("b", 1, 3), changes.complete_since)
+    assert not one.trusts(Origin("b", 1, 2), changes.complete_since)
+    assert not one.trusts(Origin("b", 2, 9), changes.complete_since)
