@@ -101,18 +101,20 @@ class Mover:
                 everything = trio.current_time() >= self._look_at
                 if everything:
                     self._looked_at = trio.current_time()
+                    self._look_at = self._looked_at + (MOVING_EVERY_S if self.stages else EVERY_S)
                     await self._look()
-                    self._look_at = trio.current_time() + (MOVING_EVERY_S if self.stages else EVERY_S)
                 changed, self._changed = self._changed, set()
                 # Decided one after the other, in this order, and without a break: so the bounds hold. Carried out side by side.
                 for actor in sorted(self._holdings.actors.values(), key=self._whole):
                     if everything or actor.shard in changed:
-                        self._look_after(actor, nursery)
+                        self._look_after(actor, nursery, strays=everything)
                 await self._news()
         raise AssertionError("unreachable")
 
-    def _look_after(self, actor: ShardActor, nursery: trio.Nursery) -> None:
-        """What is to be done for that shard now, by a task of its own: who does not answer holds up nobody else's."""
+    def _look_after(self, actor: ShardActor, nursery: trio.Nursery, *, strays: bool) -> None:
+        """What is to be done for that shard now, by a task of its own: who does not answer holds up nobody else's.
+
+        strays: also of those who hold it for nothing; one that is not ready to let go is asked again, and not at once."""
         shard, now = actor.shard, trio.current_time()
         if not actor.leads:
             # Not while it only changes from one epoch of ours to the next.
@@ -125,7 +127,7 @@ class Mover:
         if now < self._again_at.get(shard, 0.0):
             return
         step = self._decide(actor)
-        gone, purge = self._strays(actor), now >= self._purge_at.get(shard, 0.0)
+        gone, purge = self._strays(actor) if strays else [], now >= self._purge_at.get(shard, 0.0)
         if step is None and not gone and not purge:
             return
         self._busy.add(shard)

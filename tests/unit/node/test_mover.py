@@ -291,3 +291,32 @@ async def empty_again(path: Path) -> None:
 
 def test_a_replica_that_knows_no_voter_is_told_who_leads(tmp_path: Path) -> None:
     in_virtual_time(empty_again, tmp_path)
+
+
+async def stubborn(path: Path) -> None:
+    """One that is in no placement any more and does not let go yet (its log is not level, say)."""
+    actor = Led(0, "a", "b")
+    mover, links = mover_of({0: actor}, (("a", "b"),), path)
+    mover._members.holders = lambda shard: ["a", "b", "c"]  # type: ignore[method-assign]
+
+    async def refusing(name: str) -> Any:
+        await trio.lowlevel.checkpoint()
+
+        async def call(op: str, body: Any, timeout_s: float) -> bool:
+            await trio.lowlevel.checkpoint()
+            links.asked.append((name, op, body[1]))
+            return False
+
+        return SimpleNamespace(call=call)
+
+    mover._links.add = refusing  # type: ignore[method-assign, assignment]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(mover.run)
+        await trio.sleep(10 * EVERY_S)
+        nursery.cancel_scope.cancel()
+    assert set(links.asked) == {("c", "dismiss", 3)}
+    assert 5 <= len(links.asked) <= 15, "again, and not without a pause"
+
+
+def test_who_does_not_let_go_yet_is_asked_again_and_not_at_once(tmp_path: Path) -> None:
+    in_virtual_time(stubborn, tmp_path)
