@@ -25,7 +25,7 @@ _EXPONENT = np.uint16(0x7C00)
 # Between the exponents' biases of FP32 and FP16.
 _FP16_SCALE = 2.0**112
 # So many at a time stay in the cache from pass to pass.
-_BLOCK_NUMBERS = 65536
+_BLOCK_NUMBERS = 65_536
 
 _WIDTHS: dict[Dtype | None, tuple[int, ...]] = {None: (2, 4), "f2": (2,), "f4": (4,)}
 
@@ -99,7 +99,7 @@ def _finish(full: npt.NDArray[np.float32], metric: Metric, path: str) -> Vectors
 def _unit(full: npt.NDArray[np.float32], path: str) -> Vectors:
     """Rows scaled to unit length. Raises RequestError."""
     dim = full.shape[1]
-    step = max(1, _BLOCK_NUMBERS // max(1, dim))
+    step = max(1, min(len(full), _BLOCK_NUMBERS // max(1, dim)))
     half = np.empty(full.shape, np.float16)
     # Reused from block to block: fresh memory for each pass costs more than the pass.
     wide_all, bits_all = np.empty((step, dim), np.float64), np.empty((2, step, dim), np.uint32)
