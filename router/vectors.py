@@ -6,6 +6,7 @@ A vector arrives as little endian FP16 or FP32 bytes or as a list of numbers. It
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -25,7 +26,9 @@ _EXPONENT = np.uint16(0x7C00)
 # Between the exponents' biases of FP32 and FP16.
 _FP16_SCALE = 2.0**112
 # So many at a time stay in the cache from pass to pass.
-_BLOCK_NUMBERS = 65536
+_BLOCK_NUMBERS = 65_536
+# For fewer vectors numpy's own conversions are cheaper than so many passes.
+_MANY = 8
 
 _WIDTHS: dict[Dtype | None, tuple[int, ...]] = {None: (2, 4), "f2": (2,), "f4": (4,)}
 
@@ -42,7 +45,7 @@ def from_wire(
         # The way of nearly every request: one join and one cast for all of them.
         width = _width(raw[0], dim, dtype, path.format(0))
         sent = np.frombuffer(b"".join(raw), f"<f{width}").reshape(len(raw), dim)
-        if width == 2 and not ((sent.view("<u2") & _EXPONENT) == _EXPONENT).any():
+        if width == 2 and len(raw) >= _MANY and not ((sent.view("<u2") & _EXPONENT) == _EXPONENT).any():
             widen(sent, full)
         else:
             with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, not warned about
@@ -100,29 +103,41 @@ def _finish(full: npt.NDArray[np.float32], metric: Metric, path: str) -> Vectors
 
 def _unit(full: npt.NDArray[np.float32], path: str) -> Vectors:
     """Rows scaled to unit length. Raises RequestError."""
+    if len(full) < _MANY:
+        wide, lengths = _measured(full, 0, path)
+        wide /= lengths[:, None]
+        return wide.astype(np.float32).astype(np.float16)  # a number of a unit vector always fits
     dim = full.shape[1]
-    step = max(1, _BLOCK_NUMBERS // max(1, dim))
+    step = max(1, min(len(full), _BLOCK_NUMBERS // max(1, dim)))
     half = np.empty(full.shape, np.float16)
     # Reused from block to block: fresh memory for each pass costs more than the pass.
-    wide_all, bits_all = np.empty((step, dim), np.float64), np.empty((2, step, dim), np.uint32)
+    room, bits_all = np.empty((step, dim), np.float64), np.empty((2, step, dim), np.uint32)
     for low in range(0, len(full), step):
         rows = full[low : low + step]
-        wide, bits = wide_all[: len(rows)], bits_all[:, : len(rows)]
-        with np.errstate(invalid="ignore"):  # a signalling NaN is refused here, not warned about
-            wide[:] = rows
-        lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-        # No sum of squares of FP32 numbers overflows float64: a length that is not finite comes of a number that is not.
-        finite = np.isfinite(lengths)
-        if not finite.all():
-            where = path.format(low + int(finite.argmin()))
-            raise RequestError("bad_vector", "send finite numbers only", where)
-        if not lengths.all():
-            where = path.format(low + int((lengths != 0).argmin()))
-            raise RequestError("zero_vector", "a vector of zeros has no direction; leave it out", where)
+        bits = bits_all[:, : len(rows)]
+        wide, lengths = _measured(rows, low, path, room[: len(rows)])
         wide /= (lengths * _FP16_SCALE)[:, None]
         bits[0].view(np.float32)[:] = wide
         _narrow(bits[0], bits[1], half[low : low + step].view(np.uint16))
     return half
+
+
+def _measured(
+    rows: npt.NDArray[np.float32], first: int, path: str, room: npt.NDArray[np.float64] | None = None
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The rows, in `room` when that is given, and their lengths; the first is number `first`. Raises RequestError."""
+    wide = np.empty(rows.shape, np.float64) if room is None else room
+    with np.errstate(invalid="ignore"):  # a signalling NaN is refused here, not warned about
+        wide[:] = rows
+    lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    # No sum of squares of FP32 numbers overflows float64: a length that is not finite comes of a number that is not.
+    for i, length in enumerate(lengths.tolist()):
+        if not math.isfinite(length):
+            raise RequestError("bad_vector", "send finite numbers only", path.format(first + i))
+    if not lengths.all():
+        where = path.format(first + int((lengths != 0).argmin()))
+        raise RequestError("zero_vector", "a vector of zeros has no direction; leave it out", where)
+    return wide, lengths
 
 
 def _narrow(bits: npt.NDArray[np.uint32], spare: npt.NDArray[np.uint32], out: npt.NDArray[np.uint16]) -> None:

@@ -31,8 +31,8 @@ class NextSegment:
 
     def __init__(self, directory: Path, segment_bytes: int, ops: FileOps) -> None:
         self._directory, self._ops = directory, ops
-        # Of the next file that is made.
-        self.segment_bytes = segment_bytes
+        # Of the next file that is made; above the first value it has grown.
+        self.segment_bytes = self._grown_above = segment_bytes
         self._lock = threading.Lock()  # guards _ready and _made
         self._ready: _Ready | None = None
         self._made = 0
@@ -44,13 +44,15 @@ class NextSegment:
         return 0 if ready is None else ready.segment_bytes
 
     def make_ahead(self) -> None:
-        """A file of `segment_bytes` durable zeros. Raises OSError; then nothing is left."""
+        """A file of `segment_bytes` durable zeros; only allocated when it has grown: then batches are large, and to write each
+        byte twice costs more than the journal's commits. Raises OSError; then nothing is left."""
         if self._ready is not None:
             return
         made = self._create(self.segment_bytes)
         try:
             self._ops.allocate(made.fd, made.segment_bytes)
-            for offset in range(0, made.segment_bytes, _PIECE_BYTES):
+            written = made.segment_bytes if made.segment_bytes <= self._grown_above else 0
+            for offset in range(0, written, _PIECE_BYTES):
                 self._ops.zero(made.fd, offset, min(_PIECE_BYTES, made.segment_bytes - offset))
                 self._ops.sync_data(made.fd)
         except BaseException:

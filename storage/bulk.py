@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from storage.records import HEADER_BYTES, Kind, Operation, Record, RecordError, Version, decode
+from storage.records import HEADER_BYTES, ID_MAX, Kind, Operation, Record, RecordError, Version, decode
 from storage.segment import HEADER_BYTES as SEGMENT_HEADER_BYTES
 from storage.segment import TRAILER_BYTES, TRAILER_MAGICS, Buffer, Run, SegmentHeader, trailer_at
 
@@ -242,7 +242,7 @@ def _ordered(headers: npt.NDArray[np.void], epoch: int, first: int) -> bool:
     """Whether these follow one of `epoch`, from sequence `first` on."""
     epochs, size = headers["epoch"], len(headers)
     return not (
-        (headers["sequence"] != np.arange(first, first + size, dtype=np.uint64)).any()
+        (headers["sequence"] - np.uint64(first & ID_MAX) != np.arange(size, dtype=np.uint64)).any()
         or int(epochs[0]) < epoch
         or (epochs[1:] < epochs[:-1]).any()
     )

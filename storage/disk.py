@@ -58,6 +58,8 @@ class Log:
         self._next = NextSegment(directory, segment_bytes, ops)
         self._fd = -1
         self._sealed = False
+        # Of recovery, until replay has used it.
+        self._scratch: memoryview | None = None
         self._stopped: str | None = None
         self._last_timestamp_ns = 0
         self._torn_bytes = 0
@@ -94,7 +96,7 @@ class Log:
             directory.mkdir(parents=True)
             fsync_directory(directory.parent)
         found = recover(directory, shard, floor)
-        log._segments, log._sealed = found.segments, found.sealed
+        log._segments, log._sealed, log._scratch = found.segments, found.sealed, found.scratch
         if found.tail is None and after.sequence < floor:
             raise DamagedError(directory, None, f"there is no log, but sequence {floor} was applied")
         try:
@@ -387,7 +389,10 @@ class Log:
             raise DamagedError(segments[0].path, None, reason)
         firsts = [segment.header.first_sequence for segment in segments]
         segments = segments[max(0, bisect_right(firsts, after + 1) - 1) :]
-        scratch = [memory(segments), memory(segments)] if reused else []
+        scratch = [memory(segments) for _ in segments[:2]] if reused else []
+        if scratch and self._scratch is not None and len(self._scratch) >= len(scratch[0]):
+            scratch[0] = self._scratch
+        self._scratch = None
         for position, segment in enumerate(segments):
             if segment.end is None:
                 scan_segment(segment, last_segment=False)

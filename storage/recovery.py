@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from storage import segment as fmt
 from storage import wal
@@ -37,6 +36,8 @@ class Recovered(NamedTuple):
     # Of the last segment; None when there is no segment.
     tail: wal.Scan | None
     sealed: bool
+    # Memory that holds any one of them; for whoever reads them next.
+    scratch: memoryview
 
 
 def damaged(path: Path, error: fmt.WalError) -> DamagedError | FormatError:
@@ -74,7 +75,7 @@ def recover(directory: Path, shard: int, floor: int) -> Recovered:
         raise DamagedError(segments[-1].path, tail.end if tail else None, reason)
     if seal is not None:
         _check_seal(seal, directory, tail)
-    return Recovered(segments, tail, seal is not None)
+    return Recovered(segments, tail, seal is not None, scratch)
 
 
 def read_segment(segment: Segment) -> bytes:
@@ -88,9 +89,10 @@ def read_segment(segment: Segment) -> bytes:
 
 
 def memory(segments: Sequence[Segment]) -> memoryview:
-    """Room for the bytes of any one of them, and not zeroed, which for a large one costs as much as reading it."""
-    size = max((segment.header.segment_bytes for segment in segments), default=0)
-    return memoryview(np.empty(size, np.uint8).data)
+    """Room for the bytes of any one of them, not touched yet: to fill a large one with zeros costs as much as reading it. Of the
+    kernel, and not by numpy, which asks for huge pages: those are dear to find in a machine that has run for a while."""
+    size = max((segment.header.segment_bytes for segment in segments), default=1)
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def read_into(segment: Segment, scratch: memoryview) -> memoryview:

@@ -134,7 +134,10 @@ def test_made_beside_appends(tmp_path: Path) -> None:
 
 
 def test_segments_grow_while_they_fill_faster_than_they_are_made(tmp_path: Path) -> None:
-    log = Log.open(tmp_path, shard=3, segment_bytes=SEGMENT_BYTES, segment_bytes_max=4 * SEGMENT_BYTES)
+    ops = Failing()
+    log = Log.open(
+        tmp_path, shard=3, segment_bytes=SEGMENT_BYTES, segment_bytes_max=4 * SEGMENT_BYTES, ops=ops
+    )
 
     def newest() -> int:
         return max(tmp_path.glob("*.wal")).stat().st_size
@@ -149,8 +152,9 @@ def test_segments_grow_while_they_fill_faster_than_they_are_made(tmp_path: Path)
 
     log.append([record(1, timestamp_ns=1_000)])
     assert [fill_to(log, 1) // SEGMENT_BYTES for _ in range(4)] == [2, 4, 4, 4]
-    # One that is ready is taken as it is.
+    # One that is ready is taken as it is; it is not written twice.
     log.make_ahead()
+    assert "zero" not in ops.calls
     assert fill_to(log, 1) == 4 * SEGMENT_BYTES
     # A rest of a minute and more in each.
     assert [fill_to(log, 30_000_000_000) // SEGMENT_BYTES for _ in range(4)] == [2, 1, 1, 1]

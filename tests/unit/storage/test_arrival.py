@@ -42,6 +42,13 @@ def test_each_flipped_byte_is_found(count: int) -> None:
             arrival(bytes(flipped))
 
 
+def test_sequences_at_the_end_of_what_fits_are_refused_not_raised() -> None:
+    blobs = [record(7 + n) for n in range(COLUMNS_MIN)]
+    blobs[0] = record((1 << 64) - 1)
+    with pytest.raises(RecordError):
+        arrival(b"".join(blobs))
+
+
 @pytest.mark.parametrize("count", [2, COLUMNS_MIN])
 def test_what_is_not_whole_or_not_in_order_is_refused(count: int) -> None:
     blobs = [record(1 + n) for n in range(count)]
