@@ -21,6 +21,7 @@ QUERIES, WORKERS = 400, 4
 # The tries and hedges are as they are by default; only the deadline lets a stalled test machine finish.
 ROUTER = "[router]\ndeadline_ms = 3000"
 P99_S = 0.1
+QUIET_S = 0.02
 
 
 @contextlib.contextmanager
@@ -99,8 +100,9 @@ def test_a_bad_replica_costs_no_request_and_hardly_any_time(
     well_s = max(well_s, _p99_s(daemons[0].url, 3))
     said = f"{fault}: p99 {1000 * bad_s:.1f} ms, without it {1000 * well_s:.1f} ms"
     print(said)
-    # On a machine that is itself late, what the fault adds counts; twice, for there the 99th of 100 is a matter of chance.
-    assert bad_s < max(P99_S, 2 * well_s + 0.09), said
+    # A machine that is itself late gives its nodes' tries more time, for they take their peers' p95 as a measure; and there the
+    # 99th of 100 is a matter of chance. The bound in milliseconds is for one that is not.
+    assert bad_s < (P99_S if well_s < QUIET_S else 4 * well_s + 0.09), said
 
 
 def _troubles(daemon: Daemon) -> int:
