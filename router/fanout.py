@@ -172,7 +172,7 @@ class FanOut:
                 if not near or distance < coverage.FAR:
                     peer = self._peer(name)
                     unwell = cluster.avoid(name) or not peer.breaker.may(now)
-                    load_s = peer.load_s + cluster.load_s(name)
+                    load_s = peer.load_s(now) + cluster.load_s(name)
                     found = Sight(unwell, cluster.lags_ms(name), distance, load_s)
             seen[name] = found
             return found

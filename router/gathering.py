@@ -82,7 +82,7 @@ class Gathering(Generic[R]):
     def answered(self, id: int, reply: R, failed: Mapping[int, str], now: float) -> list[Effect]:
         """failed: shards for which that node has no answer, with the code that says why."""
         this = self.open.pop(id)
-        this.peer.answered(now - this.began, this.probe)
+        this.peer.answered(now, now - this.began, this.probe)
         good = [shard for shard in this.shards if shard not in failed] if failed else this.shards
         for shard, code in failed.items():
             self._failed.add((this.node, shard))

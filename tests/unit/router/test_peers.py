@@ -13,7 +13,7 @@ from router.peers import SAMPLES_MIN, TOKENS_MAX, HedgeBudget, Peer
 
 
 def _answer(peer: Peer, took_s: float) -> None:
-    peer.answered(took_s, peer.began(0.0))
+    peer.answered(0.0, took_s, peer.began(0.0))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -42,6 +42,18 @@ def test_it_follows_a_peer_that_becomes_slow_also_by_its_timeouts() -> None:
         peer.failed(0.0, 0.03, "deadline_exceeded", probe, hurried=False)
     assert peer.try_s(0.03) > 0.06, "it is given the time that it takes"
     assert not peer.breaker.closed
+
+
+def test_a_peer_that_was_slow_is_thought_better_of_after_a_while() -> None:
+    slow, quick = Peer(), Peer()
+    _answer(slow, 0.06)
+    _answer(quick, 0.002)
+    assert slow.load_s(0.0) > quick.load_s(0.0)
+    # The quick one is asked all the time.
+    quick.answered(12.0, 0.002, quick.began(12.0))
+    assert slow.load_s(12.0) < quick.load_s(12.0)
+    slow.began(12.0)
+    assert slow.load_s(12.0) == pytest.approx(2 * 0.06 / 64)
 
 
 def test_little_is_known_at_first_and_nothing_is_made_of_it() -> None:
