@@ -166,8 +166,7 @@ class Gathering(Generic[R]):
     ) -> Send:
         rules = self._rules
         peer = self._peer(node)
-        # A peer that is known as slow gets more, but never so much that nobody else could be asked.
-        limit_s = min(peer.try_s(rules.try_s), max(rules.try_s, left_s / 2))
+        limit_s = rules.try_s
         alone = [s for s in shards if s in single or self._tries.get(s, 0) >= rules.retries]
         late_at = None
         if alone or limit_s >= left_s:
@@ -311,7 +310,7 @@ class Gathering(Generic[R]):
             peer = self._peer(answer.node)
             elsewhere = self._failed | {(answer.node, shard) for shard in answer.shards}
             alone = self._choose(answer.shards, elsewhere, False).missing
-            limit_s = left_s if alone else min(left_s, peer.try_s(self._rules.try_s))
+            limit_s = left_s if alone else min(left_s, self._rules.try_s)
             this = Try(answer.node, peer, answer.shards, wanted, now, limit_s, False, False, more_of=id)
             effects.append(self._begin(this))
         return effects

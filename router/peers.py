@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from router.breaker import Breaker
 
 # Weight of a new sample in the mean latency, and step of the p95 as a part of it.
@@ -72,10 +74,6 @@ class Peer:
         """The p95; None while too little is known."""
         return max(HEDGE_MIN_S, self.p95_s) if self.answers >= SAMPLES_MIN else None
 
-    def try_s(self, least_s: float) -> float:
-        """A limit for one try that the peer keeps as a rule."""
-        return max(least_s, 2 * self.p95_s) if self.answers + self.timeouts >= SAMPLES_MIN else least_s
-
     def _observe(self, now: float, took_s: float) -> None:
         self.seen_at = now
         if not self.mean_s:
@@ -85,6 +83,12 @@ class Peer:
         # Stochastic approximation (Robbins and Monro 1951): at rest where 1 in 20 is above.
         step = P95_STEP * self.mean_s
         self.p95_s = max(0.0, self.p95_s + (step if took_s > self.p95_s else -step / 19))
+
+
+def usual_p95_s(peers: Iterable[Peer]) -> float:
+    """The (lower) median of the peers' p95; 0 while little is known. One that is bad does not move it."""
+    known = sorted([peer.p95_s for peer in peers if peer.answers + peer.timeouts >= SAMPLES_MIN])
+    return known[(len(known) - 1) // 2] if known else 0.0
 
 
 class HedgeBudget:
