@@ -114,7 +114,11 @@ def test_a_bad_replica_costs_no_request_and_hardly_any_time(
 def _lost_the_good_one(daemon: Daemon, said_before: int) -> bool:
     """Whether it has lost its link to the second node, or heard that it is dead."""
     lines = daemon.log.read_text()[said_before:].splitlines()
-    return any("node-2" in line and ("peer_down" in line or '"down"' in line) for line in lines)
+    return any(
+        ("peer_down" in line and '"peer": "node-2"' in line)
+        or ('"kind": "down"' in line and '"node": "node-2"' in line)
+        for line in lines
+    )
 
 
 def _troubles(daemon: Daemon) -> int:
