@@ -180,7 +180,8 @@ class SearchLane:
         results: Sequence[LaneReply | Exception]
         try:
             results = await self._runner(self._run_batch, batch)
-        except Exception as error:  # whatever it is, those who asked are who must know
+        except Exception as error:
+            log.exception("a batch of searches failed")
             results = [error] * len(batch)
         self._batch_s += BATCH_WEIGHT * (trio.current_time() - began - self._batch_s)
         for ticket, result in zip(batch, results, strict=True):
@@ -311,19 +312,21 @@ class _BatchSearch:
         full = len(best.ids) >= k
         # What comes before this may go on among the best.
         end = (-float(best.scores[-1]), int(best.ids[-1])) if full else (math.inf, 0)
-        short = [
-            one
-            for one in found
-            if one.k < k
-            and len(one.hits.ids) >= one.k
-            and (-float(one.hits.scores[-1]), int(one.hits.ids[-1])) < end
-        ]
+        kept: list[_Found] = []
+        short: list[Replica] = []
+        for one in found:
+            if one.k >= k or len(one.hits.ids) < one.k:
+                kept.append(one)  # there is no more of it
+            elif (-float(one.hits.scores[-1]), int(one.hits.ids[-1])) < end:
+                short.append(one.replica)
+            else:
+                kept.append(one)
         if not short:
             return False
-        self._found[place] = [one for one in found if one not in short]
-        for one in short:
+        self._found[place] = kept
+        for replica in short:
             self.again += 1
-            self._search(one.replica, [place], k)
+            self._search(replica, [place], k)
         return True
 
     def _reply(self, pairs: Sequence[tuple[int, Merged]], replies: dict[int, LaneReply]) -> list[int]:

@@ -21,7 +21,7 @@ from router.coverage import Choice, Sight
 from router.errors import RequestError, known
 from router.gathering import Gathering
 from router.merge import Merged, Part
-from router.peers import HedgeBudget, Peer
+from router.peers import HedgeBudget, Peer, usual_p95_s
 from router.ports import (
     Answers,
     Asked,
@@ -176,7 +176,7 @@ class FanOut:
                 if not near or distance < coverage.FAR:
                     peer = self._peer(name)
                     unwell = cluster.avoid(name) or not peer.breaker.may(now)
-                    load_s = peer.load_s + cluster.load_s(name)
+                    load_s = peer.load_s(now) + cluster.load_s(name)
                     found = Sight(unwell, cluster.lags_ms(name), distance, load_s)
             seen[name] = found
             return found
@@ -216,9 +216,10 @@ class FanOut:
             )  # fmt: skip
             return node.search(wanted, send.timeout_s, done)
 
+        deadline = deadline or self.deadline(request.timeout_ms)
         rules = Rules(
-            deadline=deadline or self.deadline(request.timeout_ms),
-            try_s=self._config.try_ms / 1000,
+            deadline=deadline,
+            try_s=self._try_s(deadline),
             retries=self._config.retries,
             k=request.k + len(drop),
             total=len(self._all),
@@ -261,7 +262,7 @@ class FanOut:
             return _Looked(asked, answers), failed
 
         shards = list(by_shard)
-        rules = Rules(deadline, self._config.try_ms / 1000, self._config.retries)
+        rules = Rules(deadline, self._try_s(deadline), self._config.retries)
         gathering: Gathering[_Looked] = self._gathering(rules, _no_hits)
         choice = self._choose(shards, frozenset(), False)
         await Asking(self._cluster, gathering, ask, take, session).run(choice)
@@ -277,6 +278,11 @@ class FanOut:
                 if shard_of(id_, self._cluster.shard_count) in good:
                     found[id_] = one
         return found, age_ms
+
+    def _try_s(self, deadline: float) -> float:
+        """Where nodes usually take long they get more, but never so much that nobody else could be asked."""
+        most_s = (deadline - trio.current_time()) / 2
+        return max(self._config.try_ms / 1000, min(most_s, 2 * usual_p95_s(self._peers.values())))
 
     def _gathering(self, rules: Rules, hits: Callable[[R], Part]) -> Gathering[R]:
         return Gathering(rules, self._choose, self._peer, self._budget, self._counters, hits)

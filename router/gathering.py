@@ -64,9 +64,11 @@ class Gathering(Generic[R]):
         self._hits = hits
         self._ids = 0
         self._failed: set[tuple[str, int]] = set()
+        # Those of them that were late and nothing else: asked once more when nobody else is left.
+        self._tardy: set[tuple[str, int]] = set()
         self._reasons: dict[int, str] = {}
         self._tries: dict[int, int] = {}
-        # Nothing is saved any more: a node that failed to bring more is replaced by one that brings all.
+        # Nothing is saved any more: who is asked after something went wrong is asked for all.
         self._full = False
         # Whether some shards are, or were, asked for twice at once.
         self.doubled = False
@@ -82,7 +84,7 @@ class Gathering(Generic[R]):
     def answered(self, id: int, reply: R, failed: Mapping[int, str], now: float) -> list[Effect]:
         """failed: shards for which that node has no answer, with the code that says why."""
         this = self.open.pop(id)
-        this.peer.answered(now - this.began, this.probe)
+        this.peer.answered(now, now - this.began, this.probe)
         good = [shard for shard in this.shards if shard not in failed] if failed else this.shards
         for shard, code in failed.items():
             self._failed.add((this.node, shard))
@@ -111,6 +113,8 @@ class Gathering(Generic[R]):
         for shard in this.shards:
             self._failed.add((this.node, shard))
             self._reasons[shard] = code
+            if code == "deadline_exceeded":
+                self._tardy.add((this.node, shard))
         return self._lost(this.shards, now) + self._check(now)
 
     def due(self, now: float) -> list[Effect]:
@@ -166,9 +170,11 @@ class Gathering(Generic[R]):
     ) -> Send:
         rules = self._rules
         peer = self._peer(node)
-        # A peer that is known as slow gets more, but never so much that nobody else could be asked.
-        limit_s = min(peer.try_s(rules.try_s), max(rules.try_s, left_s / 2))
-        alone = [s for s in shards if s in single or self._tries.get(s, 0) >= rules.retries]
+        limit_s = rules.try_s
+        others = {s for name, s in self._tardy if name != node} if self._tardy else ()
+        alone = [
+            s for s in shards if (s in single and s not in others) or self._tries.get(s, 0) >= rules.retries
+        ]
         late_at = None
         if alone or limit_s >= left_s:
             if len(alone) < len(shards) and limit_s < left_s:
@@ -214,7 +220,7 @@ class Gathering(Generic[R]):
             self._failed.add((this.node, shard))
             self._reasons[shard] = "deadline_exceeded"
             self._tries[shard] = self._tries.get(shard, 0) + 1
-        self.doubled = True
+        self.doubled = self._full = True
         return self._send(choice._replace(missing=()), now)
 
     # -- outcomes -------------------------------------------------------------------------------------------------
@@ -257,9 +263,22 @@ class Gathering(Generic[R]):
         self._give_up(gone, "unavailable")
         if not todo:
             return []
-        effects = self._send(self._choose(todo, self._failed, False), now)
+        effects = self._send(self._choose_again(todo), now)
         self._counters.retries += len(effects)
         return effects
+
+    def _choose_again(self, shards: Sequence[int]) -> Choice:
+        """Who has not failed them; else who was only late: a busy moment is no reason to have nobody."""
+        # There may be no time to ask again for more.
+        self._full = True
+        choice = self._choose(shards, self._failed, False)
+        if not choice.missing or not self._tardy:
+            return choice
+        late = self._choose(choice.missing, self._failed - self._tardy, False)
+        assigned = {name: [*some] for name, some in choice.assigned.items()}
+        for name, some in late.assigned.items():
+            assigned.setdefault(name, []).extend(some)
+        return Choice(assigned, late.missing, choice.single | late.single)
 
     def _give_up(self, shards: Iterable[int], code: str) -> None:
         for shard in shards:
@@ -311,7 +330,7 @@ class Gathering(Generic[R]):
             peer = self._peer(answer.node)
             elsewhere = self._failed | {(answer.node, shard) for shard in answer.shards}
             alone = self._choose(answer.shards, elsewhere, False).missing
-            limit_s = left_s if alone else min(left_s, peer.try_s(self._rules.try_s))
+            limit_s = left_s if alone else min(left_s, self._rules.try_s)
             this = Try(answer.node, peer, answer.shards, wanted, now, limit_s, False, False, more_of=id)
             effects.append(self._begin(this))
         return effects

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from router.breaker import Breaker
 
 # Weight of a new sample in the mean latency, and step of the p95 as a part of it.
 MEAN_WEIGHT = 0.1
 P95_STEP = 0.2
+# A peer that was slow is given the benefit of the doubt after a while: with nobody asking it, it could not show that it is well.
+DOUBT_HALF_S = 2.0
 # Before so many answers nothing is said of a p95.
 SAMPLES_MIN = 20
 HEDGE_MIN_S = 0.001
@@ -19,7 +23,7 @@ NO_FAULT = frozenset({"overloaded", "indexing", "session_behind", "shutting_down
 class Peer:
     """One node as its asker sees it."""
 
-    __slots__ = ("answers", "breaker", "errors", "in_flight", "mean_s", "p95_s", "timeouts")
+    __slots__ = ("answers", "breaker", "errors", "in_flight", "mean_s", "p95_s", "seen_at", "timeouts")
 
     def __init__(self) -> None:
         self.breaker = Breaker()
@@ -27,16 +31,17 @@ class Peer:
         self.answers = self.errors = self.timeouts = 0
         self.mean_s = 0.0
         self.p95_s = 0.0
+        self.seen_at = 0.0
 
     def began(self, now: float) -> bool:
         """A message is sent; returns whether it is a probe, for the outcome."""
         self.in_flight += 1
         return self.breaker.began(now)
 
-    def answered(self, took_s: float, probe: bool) -> None:
+    def answered(self, now: float, took_s: float, probe: bool) -> None:
         self.in_flight -= 1
         self.answers += 1
-        self._observe(took_s)
+        self._observe(now, took_s)
         self.breaker.succeeded(probe)
 
     def failed(self, now: float, took_s: float, code: str, probe: bool, *, hurried: bool) -> None:
@@ -48,7 +53,7 @@ class Peer:
                 self.breaker.given_up(probe)
                 return
             # It takes at least that long; without this a peer that is slower than the limit would never be known as slow.
-            self._observe(2 * took_s)
+            self._observe(now, 2 * took_s)
         if code in NO_FAULT:
             self.breaker.given_up(probe)
             return
@@ -60,20 +65,17 @@ class Peer:
         self.in_flight -= 1
         self.breaker.given_up(probe)
 
-    @property
-    def load_s(self) -> float:
-        """About how long one more request takes there, by what was seen from here."""
-        return (self.in_flight + 1) * self.mean_s
+    def load_s(self, now: float) -> float:
+        """About how long one more request takes there, by what was seen from here; what is long ago counts for less."""
+        doubt: float = 2.0 ** ((self.seen_at - now) / DOUBT_HALF_S)
+        return (self.in_flight + 1) * self.mean_s * doubt
 
     def hedge_after_s(self) -> float | None:
         """The p95; None while too little is known."""
         return max(HEDGE_MIN_S, self.p95_s) if self.answers >= SAMPLES_MIN else None
 
-    def try_s(self, least_s: float) -> float:
-        """A limit for one try that the peer keeps as a rule."""
-        return max(least_s, 2 * self.p95_s) if self.answers + self.timeouts >= SAMPLES_MIN else least_s
-
-    def _observe(self, took_s: float) -> None:
+    def _observe(self, now: float, took_s: float) -> None:
+        self.seen_at = now
         if not self.mean_s:
             self.mean_s, self.p95_s = took_s, 2 * took_s
             return
@@ -81,6 +83,12 @@ class Peer:
         # Stochastic approximation (Robbins and Monro 1951): at rest where 1 in 20 is above.
         step = P95_STEP * self.mean_s
         self.p95_s = max(0.0, self.p95_s + (step if took_s > self.p95_s else -step / 19))
+
+
+def usual_p95_s(peers: Iterable[Peer]) -> float:
+    """The (lower) median of the peers' p95; 0 while little is known. One that is bad does not move it."""
+    known = sorted([peer.p95_s for peer in peers if peer.answers + peer.timeouts >= SAMPLES_MIN])
+    return known[(len(known) - 1) // 2] if known else 0.0
 
 
 class HedgeBudget:

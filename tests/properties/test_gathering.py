@@ -82,7 +82,7 @@ def run(world: World, k: int, retries: int, trouble: float) -> tuple[Gathering[H
             peers[name] = Peer()
             for _ in range(30):
                 peers[name].began(0.0)
-                peers[name].answered(0.002, False)
+                peers[name].answered(0.0, 0.002, False)
         return peers[name]
 
     every = list(range(world.shards))

@@ -722,3 +722,23 @@ def test_an_answer_that_does_not_fit_its_question_is_a_failure_of_that_node(
     with pytest.raises(RequestError) as caught:
         _run(world, request)
     assert caught.value.code in ("internal", "unavailable")
+
+
+def test_who_was_only_late_is_asked_again_when_the_other_one_hangs() -> None:
+    world = World(2)
+    world.seen_down = {"a"}  # shards 1 and 4 are on b and c
+    world.nodes["b"].delay_s = world.nodes["c"].delay_s = 60.0
+    coordinator = Coordinator(world, RouterConfig(hedge_percent=0), metric="dot")
+
+    async def main() -> None:
+        async with trio.open_nursery() as world.nursery:
+
+            async def well_again() -> None:
+                await trio.sleep(0.02)
+                world.nodes["b"].delay_s = world.nodes["c"].delay_s = 0.001
+
+            world.nursery.start_soon(well_again)
+            reply = await coordinator.handle(_search(world))
+            assert not {1, 4} & set(reply["coverage"]["missing"])
+
+    _unwrapped(main)

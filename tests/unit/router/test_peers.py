@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.peers import SAMPLES_MIN, TOKENS_MAX, HedgeBudget, Peer
+from router.peers import SAMPLES_MIN, TOKENS_MAX, HedgeBudget, Peer, usual_p95_s
 
 
 def _answer(peer: Peer, took_s: float) -> None:
-    peer.answered(took_s, peer.began(0.0))
+    peer.answered(0.0, took_s, peer.began(0.0))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -32,16 +32,33 @@ def test_the_p95_is_about_where_one_in_twenty_is_above(seed: int, scale: float) 
     assert 0.6 * true < peer.p95_s < 1.6 * true
 
 
-def test_it_follows_a_peer_that_becomes_slow_also_by_its_timeouts() -> None:
-    peer = Peer()
+def test_what_is_usual_follows_most_peers_and_not_a_bad_one() -> None:
+    peers = [Peer() for _ in range(3)]
+    assert usual_p95_s(peers) == 0.0
     for _ in range(100):
-        _answer(peer, 0.002)
-    assert peer.try_s(0.03) == 0.03
-    for _ in range(50):
-        probe = peer.began(0.0)
-        peer.failed(0.0, 0.03, "deadline_exceeded", probe, hurried=False)
-    assert peer.try_s(0.03) > 0.06, "it is given the time that it takes"
-    assert not peer.breaker.closed
+        for peer in peers:
+            _answer(peer, 0.002)
+    usual_s = usual_p95_s(peers)
+    assert 0.001 < usual_s < 0.004
+    for bad in peers:
+        for _ in range(60):
+            bad.failed(0.0, 0.03, "deadline_exceeded", bad.began(0.0), hurried=False)
+        assert not bad.breaker.closed
+        if bad is peers[0]:
+            assert usual_p95_s(peers) == usual_s
+    assert usual_p95_s(peers) > 0.03, "all of them: they get the time that they take"
+
+
+def test_a_peer_that_was_slow_is_thought_better_of_after_a_while() -> None:
+    slow, quick = Peer(), Peer()
+    _answer(slow, 0.06)
+    _answer(quick, 0.002)
+    assert slow.load_s(0.0) > quick.load_s(0.0)
+    # The quick one is asked all the time.
+    quick.answered(12.0, 0.002, quick.began(12.0))
+    assert slow.load_s(12.0) < quick.load_s(12.0)
+    slow.began(12.0)
+    assert slow.load_s(12.0) == pytest.approx(2 * 0.06 / 64)
 
 
 def test_little_is_known_at_first_and_nothing_is_made_of_it() -> None:
