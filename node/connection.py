@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import structlog
@@ -21,12 +20,11 @@ from wsproto.utilities import LocalProtocolError
 from node.appstream import AppStream
 from node.workers import Workers
 from router.errors import RequestError
-from router.fanout import SOURCE
+from router.fanout import take_turns
 from router.requests import Limits, Request, parse
 from router.wire import Kept, Refused, Reply, RequestId, decode_frame, encode_reply, error_reply, join
 
 log = structlog.get_logger(__name__)
-_numbers = count(1)
 
 SUBPROTOCOLS = ("gmco.msgpack", "gmco.json")
 RECEIVE_BYTES = 64 << 10  # one read for a full pipeline of requests; the library's 4 KiB costs a wake-up each
@@ -116,7 +114,7 @@ class Connection:
     async def run(self) -> None:
         """Until either side closes. Raises nothing but cancellation."""
         # The tasks that work for this connection inherit it.
-        SOURCE.set(next(_numbers))
+        take_turns()
         try:
             async with trio.open_nursery() as self._nursery:
                 self._workers = Workers(self._nursery, self._answer)

@@ -24,6 +24,7 @@ from node.httpwire import (
     encode,
     error_body,
 )
+from router.fanout import take_turns
 
 log = structlog.get_logger(__name__)
 
@@ -101,6 +102,7 @@ class HttpConnection:
 
     async def run(self) -> None:
         """Until either side closes. Raises nothing but cancellation."""
+        take_turns()
         try:
             with self._scope:
                 gently = await self._converse()

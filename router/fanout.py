@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -44,6 +45,12 @@ SHARED_S = 0.001
 RETRY_AFTER_MS = 50
 # The connection on whose behalf a task asks, for taking turns; 0: nobody's in particular.
 SOURCE: ContextVar[int] = ContextVar("SOURCE", default=0)
+_sources = itertools.count(1)
+
+
+def take_turns() -> None:
+    """What this task asks from now on takes turns with what others ask: for a connection of its own."""
+    SOURCE.set(next(_sources))
 
 
 @dataclass(frozen=True, slots=True)
