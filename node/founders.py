@@ -16,19 +16,13 @@ import trio
 from node import checked
 from node.members import Members
 from node.shard import ShardActor
-from storage.errors import ForeignDataError, FormatError, StorageError
+from storage.errors import DamagedFileError, ForeignDataError, FormatError
 from storage.files import write_atomically
 
 log = structlog.get_logger(__name__)
 
 FORMAT = 1
 EVERY_S = 1.0
-
-
-class DamagedFoundersError(StorageError):
-    """The file is not what was written."""
-
-    code = "damaged"
 
 
 class Founders:
@@ -91,7 +85,7 @@ def save(founders: Founders) -> None:
 def load(path: Path, cluster: str) -> Founders:
     """One that founds nothing when there is no file: it is written before anything is founded.
 
-    Raises DamagedFoundersError, ForeignDataError, FormatError, OSError.
+    Raises DamagedFileError, ForeignDataError, FormatError, OSError.
     """
     try:
         data = path.read_bytes()
@@ -105,9 +99,8 @@ def load(path: Path, cluster: str) -> Founders:
             raise ForeignDataError(f"{path} is of cluster {fields['cluster']!r}, not of {cluster!r}")
         return Founders(path, cluster, unpack(fields["founds"]), unpack(fields["founded"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFoundersError(
-            f"{path} is damaged: {error}; remove it, unless no shard of this cluster has been written to yet"
-        ) from error
+        advice = "remove it, unless no shard of this cluster has been written to yet"
+        raise DamagedFileError(path, error, advice) from error
 
 
 def unpack(raw: object) -> list[int]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from node import duty, facts
-from node.duty import DamagedDutyError, Duty
-from storage.errors import FormatError
+from node.duty import Duty
+from storage.errors import DamagedFileError, FormatError
 from tests.unit.node.peers import on_trio
 from tests.unit.node.test_members import pair
 
@@ -75,10 +75,10 @@ async def test_a_file_that_is_not_what_was_written_is_refused(tmp_path: Path) ->
     await Duty(path, members, "").set("draining")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"draining", b"drainING"))
-    with pytest.raises(DamagedDutyError):
+    with pytest.raises(DamagedFileError):
         duty.load(path)
     path.write_bytes(duty.checked.encode({"format": 1, "order": "sleeping"}))
-    with pytest.raises(DamagedDutyError):
+    with pytest.raises(DamagedFileError):
         duty.load(path)
     path.write_bytes(duty.checked.encode({"format": 2, "order": ""}))
     with pytest.raises(FormatError):

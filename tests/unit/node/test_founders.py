@@ -10,13 +10,14 @@ import pytest
 import trio
 
 from node import founders, inforce
-from node.founders import DamagedFoundersError, Founders, Noting
+from node.founders import Founders, Noting
 from router.layout import Layout, Member
-from storage.errors import ForeignDataError
+from router.planning import first_layout
+from storage.errors import DamagedFileError, ForeignDataError
 from tests.unit.node.peers import linked, on_trio
 
 NAMES = ("a", "b", "c")
-ONE = Layout(version=1, shard_count=4, replication=3, members=tuple(Member(name=name) for name in NAMES))
+ONE = first_layout([Member(name=name) for name in NAMES], 4, 3, "")
 
 
 class Seen:
@@ -49,7 +50,7 @@ def test_the_file_says_what_was_written_and_is_refused_when_it_is_not(tmp_path: 
     with pytest.raises(ForeignDataError):
         founders.load(path, "c2")
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DamagedFoundersError):
+    with pytest.raises(DamagedFileError):
         founders.load(path, "c1")
 
 
