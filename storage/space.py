@@ -156,9 +156,9 @@ class Space:
         hash64, kind, tombstones = xxh3_64_intdigest, int(self.kind), self.tombstones
         first = row = self.rows
         ids, vectors, classes_bytes, counts, dead = [], [], [], [], []
-        count, changed = 0, []
+        count, made = 0, dict[int, bytes]()
         for _, _, version, _, _, operation, _, id, vector, classes, metadata, body_check in records:
-            old = overlay.get(id)
+            old = made.get(id) or overlay.get(id)
             if old is None:
                 old = frozen.get(id)
                 if old is None:
@@ -184,16 +184,17 @@ class Space:
                 counts.append(class_count)
             else:
                 tail = TAIL.pack(NO_ROW, *version, body_check, class_count, _DELETE, kind) + packed + metadata
-            overlay[id] = (hash64(tail, id) & 0xFFFFFFFF).to_bytes(4, "little") + tail
+            made[id] = (hash64(tail, id) & 0xFFFFFFFF).to_bytes(4, "little") + tail
             content_hash = hash64(tail[4:32], id)
             buckets[id & 255] ^= content_hash
             if operation is not Operation.PUT:
                 tombstones.add(id, version, content_hash)
-            changed.append(id)
-        if self.changed is not None:
-            self.changed.update(changed)
+        # Before the entries, by which other threads find them.
         if ids:
             self.file.write(first, vectors)
+        overlay.update(made)
+        if self.changed is not None:
+            self.changed.update(made)
         self.rows, self.entries = row, self.entries + count
         self.alive += len(ids) - len(dead)
         if self.arrays is not None:
