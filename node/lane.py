@@ -117,6 +117,7 @@ class SearchLane:
             nursery.start_soon(self._deadlines.run)
             assert self._loop is None, "one loop per lane"
             self._loop = trio.lowlevel.current_task()
+            self._stopped = False
             task_status.started()
             try:
                 while True:
@@ -126,6 +127,7 @@ class SearchLane:
                     self._end(self._batch)
                     self._batch = []
             finally:
+                self._loop = None
                 self._stop()
 
     def begin(self, ask: LaneAsk, timeout_s: float) -> LaneTicket:

@@ -699,7 +699,10 @@ class ShardActor:
     async def drop_row(self, kind: Kind, id_: int, version: Version) -> bool:
         """A record that was put aside elsewhere: its row, which our cut tail had left here, goes. Whether there was one."""
         async with self._writing:
-            return self.replica.drop_row(kind, id_, version)
+            dropped = self.replica.drop_row(kind, id_, version)
+        if dropped:
+            self.applied(self, None)
+        return dropped
 
     async def mend(self, records: Sequence[Record]) -> int:
         """The content that another replica has under the same versions takes the place of ours, which goes into the quarantine
@@ -711,6 +714,9 @@ class ShardActor:
                 await self.put_aside(intact)
             async with self._writing:
                 mended += self.replica.mend(record)
+        if mended:
+            # Answers may have been made from what it was.
+            self.applied(self, None)
         return mended
 
     async def wait_applied(self, epoch: int, sequence: int, timeout_s: float) -> bool:

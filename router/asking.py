@@ -88,8 +88,10 @@ class Asking(Generic[R]):
                 self._send(effect, {})
         # The others are asked by now: our own replicas may have to wait for the session's writes.
         for send in waits:
+            until = trio.current_time() + send.timeout_s
             behind = await self._cluster.caught_up(send.shards, self._session, send.timeout_s)
-            self._send(send._replace(shards=[s for s in send.shards if s not in behind]), behind)
+            shards = [s for s in send.shards if s not in behind]
+            self._send(send._replace(shards=shards, timeout_s=max(0.0, until - trio.current_time())), behind)
 
     def _send(self, send: Send, behind: dict[int, str]) -> None:
         id = send.id

@@ -168,7 +168,7 @@ class FanOut:
         return self._first[1]
 
     def _choose(self, shards: Sequence[int], failed: Failed, near: bool) -> Choice:
-        """near: only within this region."""
+        """near: only within this region, and only what is well and level: what it is asked in place of is merely late."""
         cluster = self._cluster
         now = trio.current_time()
         # Each node is looked at once, whatever the number of its shards.
@@ -184,9 +184,14 @@ class FanOut:
                     peer = self._peer(name)
                     unwell = cluster.avoid(name) or not peer.breaker.may(now)
                     load_s = peer.load_s(now) + cluster.load_s(name)
-                    found = Sight(unwell, cluster.lags_ms(name), distance, load_s)
+                    if not (near and unwell):
+                        found = Sight(unwell, cluster.lags_ms(name), distance, load_s)
             seen[name] = found
             return found
+
+        def level(name: str, shard: int) -> bool:
+            one = sight(name)
+            return one is not None and one.lags_ms.get(shard, 0) <= coverage.LAG_MS_MAX
 
         single: set[int] = set()
 
@@ -194,6 +199,8 @@ class FanOut:
             voters: Sequence[str] = cluster.placement(shard).voters
             if failed:
                 voters = [name for name in voters if (name, shard) not in failed]
+            if near:
+                voters = [name for name in voters if level(name, shard)]
             if len(voters) < 2 or sum([sight(name) is not None for name in voters]) < 2:
                 single.add(shard)
             return coverage.choose(shard, voters, sight, cluster.local)

@@ -52,7 +52,8 @@ class Flights(Generic[T]):
         while True:
             flight = self._open.get(user_id, {}).get(key)
             if flight is None:
-                return await self._lead(user_id, key, lead, allowed_s, final)
+                # Who waited first has less time left than it asked for.
+                return await self._lead(user_id, key, lead, deadline - trio.current_time(), final)
             if flight.waiting >= self._waiters_max:
                 self.counters["refused"] += 1
                 raise RequestError(

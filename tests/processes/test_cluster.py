@@ -103,7 +103,7 @@ def test_an_unknown_user_is_named(nodes: list[Daemon]) -> None:
 def test_a_killed_node_costs_no_read_and_no_write_and_comes_back_level(tmp_path: Path) -> None:
     with (
         cluster(tmp_path) as daemons,
-        gmco.connect_blocking([d.url for d in daemons], timeout_s=5.0) as client,
+        gmco.connect_blocking([d.url for d in daemons], timeout_s=15.0) as client,
     ):
         client.put_items(_items(100), ack="all")
         client.put_users([gmco.User(7, _items(7)[6].vector, (), {})], ack="all")

@@ -27,7 +27,7 @@ UNIT = [0.5, 0.5, 0.5, 0.5]
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             await test()
 
     trio.run(main)

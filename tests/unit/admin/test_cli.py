@@ -183,7 +183,7 @@ def test_json_is_pure_and_whole(fake: FakeClient, capsys: pytest.CaptureFixture[
     assert fake.asked == {"user_id": 4, "k": 3, "require_all": [], "require_any": [5, 200], "exclude": [43]}
     answer = json.loads(capsys.readouterr().out)
     assert answer["hits"][0]["metadata"]["title"] == "Été [bold]"
-    assert answer["coverage"] == {"answered": 11, "total": 12, "missing": [3]}
+    assert answer["coverage"] == {"answered": 11, "total": 12, "missing": [3], "reason": ""}
 
 
 def test_a_partial_answer_says_so(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
