@@ -84,7 +84,8 @@ def test_of_two_the_one_with_a_new_disk_cannot_begin_another_history(tmp_path: P
             with pytest.raises(gmco.GmcoError) as caught:
                 client.put_items(_items([1], "new"), timeout_s=2.0)
             assert caught.value.code in ("no_primary", "deadline_exceeded")
-        assert set(_sequences(primary).values()) == {0}, "it has written nothing"
+        # It has noted that it founded them once: removed by hand, they are not founded again, and nobody brings them yet.
+        assert not any(_sequences(primary).values()), "it has written nothing"
         follower.start()
         time.sleep(4.0)  # elections would be over
         assert all(one["primary"] == "" for one in _status(follower)["shards"]), "one of two is no majority"

@@ -157,6 +157,8 @@ def test_who_fetches_and_who_gives_may_be_killed_in_the_middle(tmp_path: Path) -
         away.start()
         with gmco.connect_blocking(urls, timeout_s=15.0) as client:
             load(client, 500_000, 10)
+            # Not alike without it: who is asked may not have heard yet that it is back.
+            wait_told(client, [daemon.name for daemon in daemons])
             wait_alike(client)
             (row,) = [row for row in client.shards()["replicas"] if row["node"] == away.name]
             assert row["items"] == 110 + ROWS
@@ -198,6 +200,14 @@ def test_a_primary_keeps_its_lease_by_one_that_fetches(tmp_path: Path) -> None:
             assert time.monotonic() - began > 2.0
             assert len(told(giver, "leads no more")) == 0, giver.tail()
             client.put_items([gmco.Item(78, [1.0] * DIM, (), {})], ack="quorum")
+
+
+def wait_told(client: gmco.BlockingClient, names: list[str]) -> None:
+    """Until whoever answers tells of replicas on all these nodes."""
+    deadline = time.monotonic() + 30
+    while missing := set(names) - {row["node"] for row in client.shards()["replicas"]}:
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.05)
 
 
 def wait_fetching(daemon: Daemon) -> None:

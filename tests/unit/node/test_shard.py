@@ -183,6 +183,7 @@ def test_a_follower_whose_last_record_the_log_has_dropped_is_refused(tmp_path: P
                 big = change(i)._replace(metadata=b"\xc4\xff" + bytes(255) + bytes(500))
                 await actor.write([big], "primary", i.to_bytes(16, "big"), 5.0)
             early = [actor.replica.fingerprint(1), actor.replica.fingerprint(2)]
+            actor.replica.settled = actor.replica.position.sequence
             actor.replica.checkpoint()  # the clock's records are old: whole segments go
         async with running(tmp_path, ("a", "b")) as actor:  # and so does what memory kept of them
             kept = actor.replica._log.first_sequence

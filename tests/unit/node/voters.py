@@ -35,7 +35,9 @@ from storage.replica import Replica
 from tests.unit.node.peers import ANY, hello
 
 DIM = 8
-CONFIG = StorageConfig(dim=DIM, class_width=64, engine="exact", wal_segment_bytes=1 << 16)
+CONFIG = StorageConfig(
+    dim=DIM, class_width=64, engine="exact", wal_segment_bytes=1 << 16, wal_segment_bytes_max=0
+)
 # A start or a restart costs a lease; only the tests of leases themselves need real ones.
 BRISK = ElectionConfig(lease_s=0.2, rank_s=0.02, retry_min_s=0.01, retry_max_s=0.05, candidacy_s=0.1)
 # Replica ids of voters that are not there.

@@ -16,7 +16,13 @@ from storage.view import ClassConstraint
 
 DIM = 8
 CONFIG = StorageConfig(
-    dim=DIM, engine="exact", class_width=64, compact_rows_min=4, wal_keep_s=0.0, wal_segment_bytes=1 << 16
+    dim=DIM,
+    engine="exact",
+    class_width=64,
+    compact_rows_min=4,
+    wal_keep_s=0.0,
+    wal_segment_bytes=1 << 16,
+    wal_segment_bytes_max=0,
 )
 
 

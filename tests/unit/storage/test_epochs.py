@@ -60,6 +60,7 @@ def test_epochs_that_the_log_left_behind_are_forgotten_but_for_the_newest(
         writer.epoch = epoch
         writer.mark(Mark.EPOCH, b"p%d" % epoch)
         writer.put(*range(30))
+    writer.replica.settled = writer.replica.position.sequence
     writer.replica.checkpoint()  # drops segments
     writer.epoch = 6
     writer.mark(Mark.EPOCH, b"p6")

@@ -126,6 +126,7 @@ def test_a_tombstone_older_than_the_log_is_old(writer: Writer) -> None:
     writer.write((Kind.ITEM, 1))
     for base in range(0, 1000, 100):
         writer.write(*((Kind.ITEM, id, vector(id), (), b"") for id in range(base + 2, base + 102)), at_ns=1)
+    writer.replica.settled = writer.replica.position.sequence
     writer.replica.checkpoint()
     assert writer.replica.statistics()["log"]["first_sequence"] > 2
     assert writer.replica.purge_point(1001) == (1, 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.unit.storage.replica_writer import CONFIG, Writer
 
-SMALL = dataclasses.replace(CONFIG, wal_segment_bytes=4096, wal_keep_s=0.0)
+SMALL = dataclasses.replace(CONFIG, wal_segment_bytes=4096, wal_segment_bytes_max=0, wal_keep_s=0.0)
 
 
 def filled(tmp_path: Path, **settings: Any) -> Writer:
