@@ -36,7 +36,8 @@ STATUS: Final[Mapping[Code, int]] = {
     **dict.fromkeys(("disk_full", "replica_stopped", "damaged", "internal"), 500),
     **dict.fromkeys(
         (
-            "overloaded", "indexing", "no_majority", "no_lease", "no_primary", "session_behind", "unavailable", "shutting_down",
+            "overloaded", "indexing", "no_majority", "no_lease", "no_primary", "session_behind", "partial", "unavailable",
+            "shutting_down",
         ),
         503,
     ),
@@ -225,7 +226,7 @@ def _value(name: str, values: list[str]) -> Any:
         return _integer(text)
     if name == "timeout_ms":
         return float(text) if _NUMBER.fullmatch(text) else text
-    if name in ("metadata", "cold_start"):
+    if name in ("metadata", "cold_start", "require_full"):
         return {"true": True, "false": False}.get(text, text)
     return text
 

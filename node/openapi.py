@@ -8,7 +8,7 @@ from typing import Any, get_args
 from node.httpapi import CONTEXTS, STATUS
 from node.httpwire import HttpCode
 from router.errors import Code
-from router.requests import Limits
+from router.requests import PRIORITIES, Limits
 from router.wire import JSON_INT_MAX
 
 Schema = dict[str, Any]
@@ -194,6 +194,12 @@ def _query(limits: Limits) -> list[Schema]:
             {"type": "string", "pattern": f"^{token}(,{token}){{0,20}}$"},
             "shard:epoch:sequence of writes that the answer must reflect, as their replies gave them.",
         ),
+        _parameter("priority", _priority(), "What goes first, where searches wait."),
+        _parameter(
+            "require_full",
+            {"type": "boolean", "default": False},
+            "An error (`partial`) instead of an answer that some shards are missing from.",
+        ),
     ]
 
 
@@ -210,6 +216,10 @@ def _u64() -> Schema:
 
 def _k(limits: Limits) -> Schema:
     return {"type": "integer", "minimum": 1, "maximum": limits.k_max, "default": 10}
+
+
+def _priority() -> Schema:
+    return {"type": "string", "enum": list(PRIORITIES), "default": PRIORITIES[0]}
 
 
 def _schemas(limits: Limits) -> Schema:
@@ -267,7 +277,7 @@ def _coverage() -> Schema:
                 "items": count,
                 "description": "Shards that nobody could answer for.",
             },
-            "reason": {"type": "string"},
+            "reason": {"type": "string", "description": "The code that told of the first missing shard."},
         },
     }
 
@@ -320,6 +330,8 @@ def _read_properties(metadata: bool) -> Schema:
         "metadata": {"type": "boolean", "default": metadata},
         "timeout_ms": {"type": ["number", "null"], "minimum": 1, "maximum": 60_000},
         "session": _ref("Session"),
+        "priority": _priority(),
+        "require_full": {"type": "boolean", "default": False},
     }
 
 

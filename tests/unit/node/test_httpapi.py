@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from openapi_spec_validator import validate
 
 from node.httpapi import STATUS, Api, query_fields
-from node.httpwire import HttpError, HttpRequest, Response
+from node.httpwire import HttpError, HttpRequest, Response, encode
 from node.openapi import document
 from router.errors import CODES, RequestError
 from router.requests import Batch, Limits, Recommend, Request, Search, Similar, parse
@@ -80,6 +80,11 @@ def test_every_code_has_a_status() -> None:
     assert STATUS.keys() == CODES
 
 
+def test_every_status_has_its_words() -> None:
+    for status in {*STATUS.values()}:
+        assert encode(Response(status, b"{}"), 0.0, keep_alive=True).startswith(b"HTTP/1.1 %d " % status)
+
+
 def test_queries_spell_what_the_websocket_asks() -> None:
     backend = Backend()
     door = api(backend)
@@ -99,6 +104,9 @@ def test_queries_spell_what_the_websocket_asks() -> None:
     ask(door, "/similar?positive=1,%32&negative=3")
     assert backend.asked[1] == parse("similar", {"positive": [1, 2], "negative": [3]}, LIMITS)
     assert isinstance(backend.asked[1], Similar)
+    ask(door, "/similar?media_id=1&priority=batch&require_full=true")
+    fields = {"media_id": 1, "priority": "batch", "require_full": True}
+    assert backend.asked.pop() == parse("similar", fields, LIMITS)
     ask(door, "http://anybody/recommend?user_id=1")
     assert backend.asked[2] == parse("recommend", {"user_id": 1}, LIMITS)
 
@@ -141,6 +149,8 @@ def test_answers_are_those_of_the_json_frames(waits: bool) -> None:
     ("/recommend?user_id=1&exclude=a", "bad_type", "exclude[0]"),
     ("/recommend?user_id=1&exclude=256", "out_of_range", "exclude"),
     ("/recommend?user_id=1&metadata=yes", "bad_type", "metadata"),
+    ("/recommend?user_id=1&require_full=1", "bad_type", "require_full"),
+    ("/recommend?user_id=1&priority=urgent", "out_of_range", "priority"),
     ("/recommend?user_id=1&timeout_ms=nan", "bad_type", "timeout_ms"),
     ("/recommend?user_id=1&timeout_ms=0", "out_of_range", "timeout_ms"),
     ("/recommend?user_id=1&session=1:2", "bad_type", "session[0]"),
@@ -198,6 +208,7 @@ def test_paths_methods_and_types() -> None:
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_errors_are_those_of_the_websocket_with_a_status(waits: bool) -> None:
+    """`same-errors`, `nothing-leaks`."""
     backend = Backend()
     backend.waits = waits
     backend.error = RequestError("overloaded", "wait", None, 1_500)
@@ -214,6 +225,7 @@ def test_errors_are_those_of_the_websocket_with_a_status(waits: bool) -> None:
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_pages_of_other_origins_may_not_ask(waits: bool) -> None:
+    """`browsers-asked`."""
     backend = Backend()
     backend.waits = waits
     for door in (api(backend), api(backend, "https://ours.example")):
