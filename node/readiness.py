@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import trio
+
+from node.shard import ShardActor
 from node.status import READY, Parts
 
 # As for routing: who is further behind is not asked where another can be.
 LEVEL_MS = 2_000
+# After a start nobody has told us yet who leads, and an election takes about two seconds: so long it is waited for.
+LEADERLESS_S = 10.0
 
 
 class Readiness:
-    """`joined` and `warm` are kept once reached: a node whose peers have died is no worse to ask than before."""
+    """`joined` and `warm` are kept once reached: a node whose peers have died is no worse to ask than before. A replica that
+    has no primary to be level with does not count against `warm`, but it is looked at again when there is one.
+    """
 
     def __init__(self, parts: Callable[[], Parts], stopping: Callable[[], bool]) -> None:
         self._parts, self._stopping = parts, stopping
         self._joined = self._warm = False
+        # Shards here that nobody leads, and since when that was seen.
+        self._leaderless: dict[int, float] = {}
 
     def reasons(self) -> list[str]:
         """Why not, as sentences; empty when it is ready."""
@@ -29,6 +38,7 @@ class Readiness:
         if not self._warm:
             behind = self._behind(parts)
             self._warm = not behind
+            behind = self._without_leaderless(parts, behind)
             if behind:
                 shown = ", ".join(map(str, behind[:10]))
                 found.append(f"warm: {len(behind)} replicas have not been level yet (shards {shown})")
@@ -49,3 +59,20 @@ class Readiness:
             if actor.harmed or not (actor.leads or (follower is not None and follower.age_ms <= LEVEL_MS)):
                 behind.append(shard)
         return behind
+
+    def _without_leaderless(self, parts: Parts, behind: list[int]) -> list[int]:
+        """behind, but for replicas that nobody leads: after a power cut with too few disks back to elect anybody, all would
+        else be unready for good, although reads go on.
+        """
+        now = trio.current_time()
+        leaderless = {shard for shard in behind if self._is_leaderless(parts, parts.shards[shard])}
+        self._leaderless = {shard: self._leaderless.get(shard, now) for shard in leaderless}
+        return [shard for shard in behind if now - self._leaderless.get(shard, now) < LEADERLESS_S]
+
+    @staticmethod
+    def _is_leaderless(parts: Parts, actor: ShardActor) -> bool:
+        """And it has data to answer with."""
+        if actor.harmed or actor.blank:
+            return False
+        told = {actor.primary, parts.members.primary(actor.shard)} - {"", parts.name}
+        return not any(parts.cluster is None or parts.cluster.alive(name) for name in told)
