@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from node.meters import Distribution, Meters
 from node.status import Parts, counters, own_status
 
-# Values that `shard` and `actor` may take, and counters that parts may have: past it they are left out, and that is counted.
+# Values that each label may take, and counters that parts may have: past it they are left out, and that is counted.
 LABEL_VALUES_MAX = 1_024
 COUNTERS_MAX = 1_024
 # However often it is asked for, the text is made so often.
@@ -24,9 +24,12 @@ LEVEL_MS = 2_000
 GAUGES = frozenset({
     "connections", "idle", "in_flight", "bodies_bytes", "open_in", "open_out", "by_stream", "receive_buffer_bytes",
     "members", "down", "health", "incarnation", "rumours", "waiting", "put_bytes_waiting", "bytes", "entries", "open",
-    "users_known", "items_known",
+    "users_known", "items_known", "mean_ms", "p95_ms", "breakers_open", "current", "silent_shards",
 })  # fmt: skip
 REPLICA_NUMBERS = ("items", "users", "fresh", "lag", "lag_ms", "epoch", "sequence")
+# Parts that count by node or by pair of regions: these are labels, not names.
+LABELLED = frozenset({"peers", "read_bytes"})
+PEER_NUMBERS = ("in_flight", "answers", "errors", "timeouts", "mean_ms", "p95_ms", "open")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
@@ -63,7 +66,9 @@ class _Node(Collector):
         tree = counters(parts)
         yield from _caches(tree)
         yield self._shard_health(parts)
-        yield from self._counters(tree)
+        yield from self._counters({key: part for key, part in tree.items() if key not in LABELLED})
+        yield from self._peers(tree["peers"])
+        yield self._read_bytes(tree["read_bytes"])
         yield from self._replicas(parts)
         yield from self._actors(parts)
         said = "Label values and counters that were left out because there are too many."
@@ -136,6 +141,23 @@ class _Node(Collector):
         for name, last, value in flat[:COUNTERS_MAX]:
             kind = GaugeMetricFamily if last in GAUGES else CounterMetricFamily
             yield kind(name, f"{name.removeprefix('gmco_')}, as gmco status counts it.", value=value)
+
+    def _peers(self, peers: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
+        shown = sorted(peers.items())[: self._fit(len(peers))]
+        for name in PEER_NUMBERS:
+            kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+            family = kind(f"gmco_peer_{name}", f"{name} of each node as asked from here.", labels=["node"])
+            for node, numbers in shown:
+                family.add_metric([node], numbers[name])
+            yield family
+
+    def _read_bytes(self, pairs: Mapping[str, Mapping[str, int]]) -> Metric:
+        said = "Bytes of reads asked of other nodes, by own>other region, there (out) and back (in)."
+        family = CounterMetricFamily("gmco_read_bytes", said, labels=["regions", "way"])
+        for regions, numbers in sorted(pairs.items())[: self._fit(len(pairs))]:
+            for way in ("out", "in"):
+                family.add_metric([regions, way], numbers[way])
+        return family
 
     def _replicas(self, parts: Parts) -> Iterator[Metric]:
         rows = own_status(parts)["shards"]

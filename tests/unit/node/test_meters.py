@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from node.meters import Distribution, Meters, MinuteUsers
-from node.metrics import _caches
+from node.metrics import LABEL_VALUES_MAX, _caches, _Node
 from router.errors import RequestError
 from router.requests import Get, Limits, Recommend, Request, parse
 from router.wire import Columns, Reply
@@ -112,3 +112,27 @@ def test_caches_that_are_there_have_a_ratio() -> None:
     tree = {"cache": {"l0": numbers, "l1": {"hits": 0, "misses": 0}}, "redis": {"gets": 5, "puts": 2}}
     assert samples(tree)["cache_hit_ratio/l1"] == 0.0
     assert samples(tree)["redis_commands_processed_total"] == 7
+
+
+def test_nodes_and_regions_are_labels_and_bounded() -> None:
+    node = _Node(lambda: None, Meters())  # type: ignore[arg-type, return-value]
+    peer = {
+        "in_flight": 1,
+        "answers": 5,
+        "errors": 0,
+        "timeouts": 0,
+        "mean_ms": 1.5,
+        "p95_ms": 2.5,
+        "open": False,
+    }
+    families = {family.name: family for family in node._peers({"b-1": peer, "c": peer})}
+    assert families["gmco_peer_answers"].type == "counter"
+    for name in ("in_flight", "mean_ms", "p95_ms", "open"):
+        assert families[f"gmco_peer_{name}"].type == "gauge"
+    assert [one.labels for one in families["gmco_peer_mean_ms"].samples] == [{"node": "b-1"}, {"node": "c"}]
+    (out, back) = node._read_bytes({"eu>us": {"out": 3, "in": 4}}).samples
+    assert (out.labels, out.value) == ({"regions": "eu>us", "way": "out"}, 3)
+    assert (back.labels, back.value) == ({"regions": "eu>us", "way": "in"}, 4)
+    many = {f"n{i}": peer for i in range(LABEL_VALUES_MAX + 2)}
+    assert all(len(family.samples) == LABEL_VALUES_MAX for family in node._peers(many))
+    assert node._left_out == 2
