@@ -149,6 +149,7 @@ SAMPLE = re.compile(r'([a-z_A-Z0-9:]+)(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [-
 
 
 def test_metrics_count_what_was_asked(nodes: list[Daemon]) -> None:
+    """`counted-once`."""
     port = port_of(nodes[2])
 
     def value(sample: str) -> float:
@@ -198,7 +199,20 @@ def allowed_is_taken(context: Any, response: Any, case: Any) -> None:
     assert response.status_code in (200, 400, 404, 503, 504)
 
 
+PATIENCE_MS = 1_000
+
+
+def hurry(case: Any) -> None:
+    """A session that names what is never written is waited for as long as the asker says: up to a minute, else."""
+    for fields in (case.query, case.body):
+        if isinstance(fields, dict):
+            given = fields.get("timeout_ms")
+            if isinstance(given, int | float) and given > PATIENCE_MS:
+                fields["timeout_ms"] = PATIENCE_MS
+
+
 def test_the_schema_is_what_a_node_takes_and_gives(nodes: list[Daemon]) -> None:
+    """`true-schema`."""
     port = port_of(nodes[0])
     schema = schemathesis.openapi.from_dict(ask(port, "/openapi.json")[1])
     checks = [
@@ -216,6 +230,7 @@ def test_the_schema_is_what_a_node_takes_and_gives(nodes: list[Daemon]) -> None:
         @given(case=operation.as_strategy())
         @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         def answered_as_said(case: Any) -> None:
+            hurry(case)
             case.call_and_validate(base_url=f"http://127.0.0.1:{port}", checks=checks, timeout=10)
 
         answered_as_said()
@@ -295,7 +310,8 @@ def test_attackers_stay_within_their_bounds_and_others_are_served(nodes: list[Da
         assert _rss(daemon) - before < RSS_GROWTH_BYTES_MAX
     took.append(_served(port))
     assert max(took) < 5.0, took
-    deadline = time.monotonic() + 15
+    # Their clients are gone, which is noticed at once where we read and within 10 s where we write; the rest is slack.
+    deadline = time.monotonic() + 30
     while daemon.status()["counters"]["http"]["connections"] > 0:
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -141,6 +141,8 @@ def test_one_that_waits_holds_back_its_own_connection_only() -> None:
 
 
 def test_a_bug_is_a_500_that_says_nothing_of_itself() -> None:
+    """`nothing-leaks`."""
+
     async def test() -> None:
         async with serving() as (server, _), dial(server) as stream:
             await stream.send_all(b"GET /bug HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -312,6 +314,8 @@ def test_a_half_closed_socket_gets_its_answer() -> None:
 
 
 def test_a_stop_answers_what_is_under_way_and_closes_the_rest() -> None:
+    """`last-word`."""
+
     async def test() -> None:
         backend = Backend()
         server = HttpServer(backend, count=backend.count, port=0)

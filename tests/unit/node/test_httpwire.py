@@ -85,7 +85,7 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
     (post(b"abc", "Expect: a-miracle"), 417, "expectation_failed"),
 ])  # fmt: skip
 def test_what_is_refused(raw: bytes, status: int, code: str) -> None:
-    """In one piece and byte by byte; and what follows is never taken for a request."""
+    """`framing-strict`: in one piece and byte by byte; and what follows is never taken for a request."""
     for chunks in ([raw + SMUGGLED], [bytes([one]) for one in raw + SMUGGLED]):
         requests, refusal = read(*chunks)
         assert refusal is not None

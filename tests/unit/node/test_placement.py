@@ -121,6 +121,7 @@ def test_former_votes_are_kept_only_where_a_witness_could_help_one_who_was_left_
 
 
 def test_a_change_is_sealed_once_the_ignorant_can_elect_nobody() -> None:
+    """`sealed`."""
     a, b, w = (("a", 97), ("b", 98), ("w", 119))
     without_b = voting("a", "w").after(voting("ab", "w"))
     assert not without_b.sealed([a])

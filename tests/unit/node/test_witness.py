@@ -52,6 +52,7 @@ def test_a_primarys_stamp_binds_it_as_any_voter_and_a_lease_given_up_does_not() 
 
 
 def test_what_it_remembers_refuses_those_who_lack_it_and_is_told_once_on_the_disk() -> None:
+    """`witness-memory`."""
     one = vote()
     assert one.on_message("b", stand(4, last=2), 1.0) == [Persist(4)], "it holds no log to compare"
     one = vote()
