@@ -146,7 +146,7 @@ def test_example_shows_the_defaults() -> None:
 
 def test_the_configurations_of_the_readme_are_good_and_give_no_warning() -> None:
     text = (Path(__file__).parents[3] / "README.md").read_text()
-    alone, three = (block.split("```")[0] for block in text.split("```toml\n")[1:])
+    alone, three, cached = (block.split("```")[0] for block in text.split("```toml\n")[1:])
     assert parse(alone).warnings == ()
     assert parse(alone).cluster.replication == 1
     before, after = alone.split("[cluster]\nreplication = 1\n")
@@ -154,3 +154,8 @@ def test_the_configurations_of_the_readme_are_good_and_give_no_warning() -> None
     formed = parse(before + after + keyed)
     assert formed.warnings == ()
     assert (formed.cluster.replication, formed.cluster.bootstrap) == (3, 3)
+    # An addition to either.
+    for whole in (alone, before + after + keyed):
+        with_redis = parse(whole + cached)
+        assert with_redis.warnings == ()
+        assert with_redis.cache.redis.startswith("redis://")
