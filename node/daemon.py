@@ -379,11 +379,13 @@ class Daemon:
         repairer = parts.repairer = Repairer(self._name, shards, links, config.repair, looking)
         mending = Mending(self._name, shards, looking).handlers() | {"repair": repairer.on_repair}
         self._handlers |= {op: coded(handler) for op, handler in mending.items()}
-        steering = parts.steering = Steering(parts.members, links, shards, failover, repairer)
-        self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         parts.members.watch.append(lambda event: self._hear_of_primaries(event, failover))
         await supervisor.start(failover, name="failover")
-        await self._start_witnessing(failover)
+        witnessing = await self._start_witnessing(failover)
+        steering = parts.steering = Steering(
+            parts.members, links, shards, failover, repairer, witnessing.votes
+        )
+        self._handlers |= {"failover": coded(steering.handle_peer), "shard_end": steering.tell_end}
         snapshots = parts.snapshots = Snapshots(shards, config.node.data_dir / "snapshots")
         self._handlers |= {op: coded(handler) for op, handler in snapshots.handlers().items()}
         await supervisor.start(snapshots, name="snapshots")
@@ -425,13 +427,14 @@ class Daemon:
         self._hear_of_primaries(None, failover)
         await supervisor.start(Noting(founders, parts.members, shards), name="founders")
 
-    async def _start_witnessing(self, failover: Failover) -> None:
+    async def _start_witnessing(self, failover: Failover) -> Witnessing:
         parts = self._parts
         assert parts.witnessed is not None
         witnessing = parts.witnessing = Witnessing(self._name, parts.witnessed, failover, parts.links)
         await parts.supervisor.start(witnessing, name="witnessing")
         failover.witnessed = witnessing
         self._handlers |= {op: coded(handler) for op, handler in witnessing.handlers().items()}
+        return witnessing
 
     async def _start_caches(self, coordinator: Coordinator, shard_count: int, stack: AsyncExitStack) -> None:
         parts, config = self._parts, self._config.cache

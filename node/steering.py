@@ -17,9 +17,11 @@ from node.members import Members
 from node.peerlink import PeerError, RemoteError
 from node.repairer import Repairer
 from node.shard import ShardActor
+from node.witness import Vote
 from router.errors import RequestError, known
 from router.operating import FailOver, Repair
 from router.ports import NodeError
+from storage.records import Version
 
 log = structlog.get_logger(__name__)
 
@@ -38,9 +40,11 @@ class Steering:
         shards: Mapping[int, ShardActor],
         failover: Failover,
         repairer: Repairer,
+        votes: Mapping[int, Vote] = {},  # read only
     ) -> None:
+        """votes: of the shards of which this node is a witness."""
         self._members, self._links, self._repairer = members, links, repairer
-        self._shards, self._failover = shards, failover
+        self._shards, self._failover, self._votes = shards, failover, votes
 
     async def apply(self, request: FailOver) -> dict[str, Any]:
         """Raises RequestError."""
@@ -95,17 +99,19 @@ class Steering:
             return None
 
     def tell_end(self, _peer: str, body: Any) -> dict[str, Any] | None:
-        """The peer op `shard_end`: [shard, …] → {epoch, sequence, promised, leads} or nil."""
+        """The peer op `shard_end`: [shard, …] → {epoch, sequence, promised, leads} or nil. A witness has no log, so it ends at
+        (0, 0); but its vote has seen epochs."""
         shard, *_ = body
-        actor = self._shards.get(shard)
-        if actor is None:
+        actor, vote = self._shards.get(shard), self._votes.get(shard)
+        elections = [one.election for one in (actor, vote) if one is not None]
+        if not elections:
             return None
-        position = actor.replica.position
+        position = Version(0, 0) if actor is None else actor.replica.position
         return {
             "epoch": position.epoch,
             "sequence": position.sequence,
-            "promised": max(actor.election.seen, actor.election.promised, position.epoch),
-            "leads": actor.leads,
+            "promised": max(max(one.seen, one.bound) for one in elections),
+            "leads": actor is not None and actor.leads,
         }
 
     async def handle_peer(self, _peer: str, body: Any) -> dict[str, Any]:
@@ -126,10 +132,13 @@ class Steering:
     async def _force(self, actor: ShardActor, confirmed: bool, left_s: float) -> dict[str, Any]:
         """Says what may be lost; does it only when that was confirmed."""
         own = self._members.own.name
-        ends = await ask_all(actor.placement.names, lambda name: self._end_of(name, actor.shard))
-        mine = ends.get(own) or self.tell_end(own, [actor.shard])
+        # Everybody, not only whom our placement names: a replica that was left behind does not know who came after it.
+        placement = actor.placement
+        asked = {own, *placement.holders, *placement.electors, *self._members.alive_names}
+        ends = await ask_all(asked, lambda name: self._end_of(name, actor.shard))
+        mine = ends[own]
         assert mine is not None
-        silent = sorted(name for name, end in ends.items() if end is None)
+        silent = sorted(name for name in placement.holders if ends[name] is None)
         ahead = sorted(
             name
             for name, end in ends.items()
@@ -154,9 +163,7 @@ class Steering:
                 "refused",
                 f"{', '.join(ahead)} has more of shard {actor.shard} than {own}: force it --to there",
             )
-        epoch = forced_above(
-            max(end["promised"] for end in [mine, *ends.values()] if end is not None), SystemRandom()
-        )
+        epoch = forced_above(max(end["promised"] for end in ends.values() if end is not None), SystemRandom())
         log.error("forced", shard=actor.shard, epoch=epoch, silent=silent)
         self._failover.force(actor, epoch)
         with trio.move_on_after(left_s):
