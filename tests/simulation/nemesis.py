@@ -52,8 +52,9 @@ class Nemesis:
     def __init__(self, sim: Sim, *, moves: bool = True, force: bool = False) -> None:
         self.sim, self.random, self.moves = sim, Random(sim.seed + 7), moves
         self._troubles = TROUBLES | ({"desperate": 2} if force else {})
+        if sim.wish[2]:
+            self._troubles |= {"leave_behind": 2}
         self.stopped = False
-        self._troubles = TROUBLES | ({"leave_behind": 2} if sim.wish[2] else {})
         # While one that takes several steps is under way, no other comes between.
         self._calm_until = 0.0
         sim.at(sim.now + 3, self.act)
@@ -353,7 +354,7 @@ class Nemesis:
         replica, cut = host.replica, self.sim.network.cut
         if not host.awake or host.full or replica is None or replica.founding:
             return
-        asked = [self.sim.hosts[name] for name in replica.placement.names if name != host.name]
+        asked = [one for one in self.sim.hosts.values() if one is not host]
         ends = [replica] + [
             one.replica
             for one in asked
