@@ -40,10 +40,11 @@ GOSSIP_VERSION = 1
 BUCKETS = 64
 # Envelope and tag (gossip/keyring.py).
 SEAL_BYTES = 19 + 16
-# Of the cluster's random id so much travels.
-CLUSTER_BYTES = 8
+# Of the cluster's random id so much travels, in every packet: enough to tell two clusters of one name and key apart.
+CLUSTER_BYTES = 4
+CLUSTER_PART_BYTES = 2 + CLUSTER_BYTES
 # Versions, sender, the longest boot, and the part that says which cluster this is.
-_HEAD_BYTES_MAX = 2 + 8 + 5 + 2 + CLUSTER_BYTES
+_HEAD_BYTES_MAX = 2 + 8 + 5 + CLUSTER_PART_BYTES
 # What `size_of` of the parts of one UDP packet may sum up to.
 PARTS_BYTES_MAX = PACKET_BYTES_MAX - SEAL_BYTES - _HEAD_BYTES_MAX
 # The same for one packet on a stream.

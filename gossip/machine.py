@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from gossip.buckets import ItemTable, Ref
-from gossip.codec import PARTS_BYTES_MAX, size_of
+from gossip.codec import CLUSTER_PART_BYTES, PARTS_BYTES_MAX, size_of
 from gossip.config import GossipConfig
 from gossip.effects import Effect, Event, Send, Superseded
 from gossip.facts import Facts
@@ -283,7 +283,9 @@ class Machine:
                 used += cold
             if self._hot:
                 room = min(PARTS_BYTES_MAX - used, self._hot_budget.left(now))
-                self._hot_budget.spend(self._hot.take(parts, room, config.hot_sends))
+                hot = self._hot.take(parts, room, config.hot_sends)
+                # Nearly all packets of a busy cluster are theirs, so they pay for what each of those says of the cluster.
+                self._hot_budget.spend(hot + (CLUSTER_PART_BYTES if hot else 0))
             if parts:
                 self._counters["packets_out"] += 1
                 self._out.append(Send(member.address, tuple(parts)))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossip.addresses import address_of, packed_address
-from gossip.codec import PARTS_MAX, Kind, encode, size_of, split
+from gossip.codec import CLUSTER_BYTES, PARTS_MAX, Kind, encode, size_of, split
 from gossip.decoder import decode
 from gossip.errors import CodecError
 from gossip.messages import (
@@ -34,16 +34,19 @@ from tests.unit.gossip.parts import ADDRESSES, IDS, PARTS, U32
 FUZZED = 1_000_000
 
 
-@given(IDS, U32, st.lists(PARTS, max_size=8))
-def test_parts_come_back_as_they_were(sender: int, boot: int, parts: list[Part]) -> None:
-    plain = encode(sender, boot, parts)
+CLUSTERS = st.just(b"") | st.binary(min_size=CLUSTER_BYTES, max_size=CLUSTER_BYTES)
+
+
+@given(IDS, U32, st.lists(PARTS, max_size=8), CLUSTERS)
+def test_parts_come_back_as_they_were(sender: int, boot: int, parts: list[Part], cluster: bytes) -> None:
+    plain = encode(sender, boot, parts, cluster)
     read = decode(plain)
-    assert read == (1, 1, sender, boot, tuple(parts))
+    assert read == (1, 1, sender, boot, tuple(parts), cluster)
     assert [type(part) for part in read.parts] == [type(part) for part in parts]
-    assert len(plain) == len(encode(sender, boot, [])) + sum(size_of(part) for part in parts)
+    assert len(plain) == len(encode(sender, boot, [], cluster)) + sum(size_of(part) for part in parts)
 
 
-@given(IDS, st.lists(PARTS, min_size=1, max_size=6), st.integers(13, 255), st.binary(max_size=300))
+@given(IDS, st.lists(PARTS, min_size=1, max_size=6), st.integers(max(Kind) + 1, 255), st.binary(max_size=300))
 def test_unknown_parts_are_skipped(sender: int, parts: list[Part], kind: int, junk: bytes) -> None:
     head = encode(sender, 1, [])
     size = len(junk)
@@ -103,7 +106,8 @@ def _samples(rng: random.Random) -> list[bytes]:
         [Want(tuple(id() for _ in range(5))), Join()],
         [Buckets(tuple(rng.getrandbits(32) for _ in range(64)))],
     ]
-    return [encode(id(), rng.choice((1, 1_000_000)), parts) for parts in made]
+    clusters = b"", rng.randbytes(CLUSTER_BYTES)
+    return [encode(id(), rng.choice((1, 1_000_000)), parts, rng.choice(clusters)) for parts in made]
 
 
 def test_fuzz() -> None:
@@ -137,7 +141,7 @@ def test_fuzz() -> None:
             continue
         taken += 1
         if turn % 16 == 0:
-            again = decode(encode(read.sender, read.boot, read.parts))
+            again = decode(encode(read.sender, read.boot, read.parts, read.cluster))
             assert again[2:] == read[2:], f"SEED={seed} turn={turn}"
     # Both ways were gone, often.
     assert min(taken, dropped) > FUZZED // 10

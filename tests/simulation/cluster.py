@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
-from gossip.codec import SEAL_BYTES, STREAM_PARTS_BYTES_MAX, encode, size_of, split
+from gossip.codec import CLUSTER_PART_BYTES, SEAL_BYTES, STREAM_PARTS_BYTES_MAX, encode, size_of, split
 from gossip.config import PACKET_BYTES_MAX, GossipConfig
 from gossip.decoder import decode
 from gossip.effects import Event, Send, Superseded
@@ -19,7 +19,7 @@ from gossip.machine import Machine
 from gossip.messages import Address, Claim, Part, State
 
 # Envelope, tag, versions, sender, a boot of one byte and the cluster: docs/gossip.md.
-PACKET_OVERHEAD = 1 + 1 + 1 + 4 + 8 + 4 + 16 + 2 + 8 + 1 + 10
+PACKET_OVERHEAD = 1 + 1 + 1 + 4 + 8 + 4 + 16 + 2 + 8 + 1 + CLUSTER_PART_BYTES
 SOCKET_BUFFER_PACKETS = 4_000
 CONNECT_TIMEOUT_S = 3.0
 

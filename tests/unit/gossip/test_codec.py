@@ -49,14 +49,14 @@ def test_a_range_that_holds_our_version_is_read() -> None:
 
 
 def test_the_cluster_rides_along_and_a_packet_without_it_is_read() -> None:
-    cluster = bytes(range(8))
+    cluster = bytes(range(4))
     plain = encode(7, 1, [Ack(1)], cluster)
-    assert plain == HEAD + bytes([13, 8]) + cluster + encode(7, 1, [Ack(1)])[len(HEAD) :]
+    assert plain == HEAD + bytes([13, 4]) + cluster + encode(7, 1, [Ack(1)])[len(HEAD) :]
     assert (decode(plain).cluster, decode(plain).parts) == (cluster, (Ack(1),))
     assert decode(encode(7, 1, [Ack(1)])).cluster == b""
     # Longer in a newer version; shorter in none.
-    assert decode(HEAD + bytes([13, 10]) + cluster + b"xx").cluster == cluster
-    assert refusal(HEAD + bytes([13, 7]) + cluster[:7]) == "malformed"
+    assert decode(HEAD + bytes([13, 6]) + cluster + b"xx").cluster == cluster
+    assert refusal(HEAD + bytes([13, 3]) + cluster[:3]) == "malformed"
 
 
 def test_bounds() -> None:
