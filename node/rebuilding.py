@@ -1,7 +1,7 @@
 """Replicas that were found damaged while they ran: rebuilt from the others, one at a time, without the process. An actor.
 
 Only when the others can do without it (`one-copy-stays` of docs/storage.md): a primary hands over first; then somebody else must
-lead, and those who vote beside us and are alive must be a majority. Until then it just answers no reads.
+lead, and those who vote beside us and are alive, the witness too, must be a majority. Until then it just answers no reads.
 """
 
 from __future__ import annotations
@@ -54,8 +54,12 @@ class Rebuilding:
         primary, names = actor.primary, actor.placement.names
         if not primary or primary == self._name or not self._alive(primary):
             return "nobody else leads the shard now"
-        others = [name for name in names if name != self._name and self._alive(name)]
-        if self._name in names and 2 * len(others) <= len(names):
-            return f"only {len(others)} of its {len(names)} voters are there besides this one"
+        electors = actor.placement.electors
+        others = [name for name in electors if name != self._name and self._alive(name)]
+        if self._name in names and 2 * len(others) <= len(electors):
+            return f"only {len(others)} of its {len(electors)} voters are there besides this one"
+        if self._name in names and not set(others).intersection(names):
+            # A witness has nothing that we could be rebuilt from.
+            return "no other voter with data is there"
         await self._holdings.rebuild(actor.shard, self._failover)
         return ""
