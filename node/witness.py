@@ -74,8 +74,8 @@ class Vote:
         )
 
     def hear(self, epoch: int, primary: str, now: float) -> None:
-        """Somebody says who leads; the greatest epoch counts."""
-        if epoch > self.hint[0]:
+        """Somebody says who leads; the greatest epoch counts, and of that a name more than none."""
+        if epoch > self.hint[0] or (epoch == self.hint[0] and not self.hint[1]):
             self.hint, self.beat_at = (epoch, primary), now
 
     def on_message(self, sender: str, message: Message, now: float) -> list[Effect]:

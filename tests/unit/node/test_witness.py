@@ -112,3 +112,13 @@ def test_beats_travel() -> None:
         except (TypeError, ValueError):
             continue
         raise AssertionError(rubbish)
+
+
+def test_of_one_epoch_a_name_is_taken_after_none_and_no_other_after_that() -> None:
+    one = vote()
+    one.hear(7, "", 1.0)
+    one.hear(7, "b", 2.0)
+    assert (one.hint, one.beat_at) == ((7, "b"), 2.0)
+    one.hear(7, "c", 3.0)
+    one.hear(7, "", 3.0)
+    assert (one.hint, one.beat_at) == ((7, "b"), 2.0)
