@@ -24,6 +24,8 @@ class Arrivals:
         self._own, self._holdings, self._failover = own, holdings, failover
         # Shards whose replicas others have brought here, until they vote.
         self._arriving: set[int] = set()
+        # Those of them that are just being begun: nobody has told them yet who leads.
+        self._beginning: set[int] = set()
 
     def handlers(self) -> dict[str, Callable[[str, Any], Awaitable[Any]]]:
         """By op."""
@@ -38,6 +40,7 @@ class Arrivals:
             raise RemoteError("busy", f"{len(coming)} other replicas are coming to this node; later")
         # Before anything is waited for: others ask meanwhile.
         self._arriving.add(shard)
+        self._beginning.add(shard)
         try:
             actor = await held.bring(shard, self._failover)
         except BaseException as error:
@@ -46,16 +49,20 @@ class Arrivals:
             if isinstance(error, StorageError):
                 raise RemoteError(error.code, str(error)) from error
             raise
+        finally:
+            self._beginning.discard(shard)
         actor.hear_of(epoch, primary)
         return actor.replica.replica_id
 
     def _coming(self) -> set[int]:
-        """Shards that are to vote here and do not yet. Not those that have voted, and only wait to be removed."""
+        """Shards that are to vote here and do not yet. Not those that have voted, and only wait to be removed; nor those whose
+        primary nobody knows: nothing comes from it, and it may never be back."""
         own, actors = self._own, self._holdings.actors
         learns = {shard for shard, actor in actors.items() if own in dict(actor.placement.learners)}
         votes = {shard for shard, actor in actors.items() if own in actor.placement.names}
         self._arriving -= votes
-        return (self._arriving | learns) - votes
+        led = {shard for shard, actor in actors.items() if actor.primary}
+        return ((self._arriving | learns) & led | self._beginning) - votes
 
     async def on_dismiss(self, peer: str, body: Any) -> bool:
         """The peer op `dismiss`: [shard, epoch]: the primary of that epoch does not count on our replica. Whether it is gone; not

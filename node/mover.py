@@ -44,6 +44,9 @@ LOOK_REST_S = 0.05
 # Replicas are opened one after the other there; and what was asked may be asked again.
 CALL_S = 10.0
 AGAIN_S = 1.0
+# So long after an epoch of ours has begun we look at each change whether it has settled. One whose second disk is dead may be
+# unsettled for days, and every commit is a change.
+SETTLING_S = 5.0
 # A witness that has been silent for so long, and is alive, may have lost its vote with its disk.
 WITNESS_SILENT_S = 5.0
 # Replicas that may go from a node at the same time; two may come to one (node/arrivals.py).
@@ -192,9 +195,13 @@ class Mover:
         await trio.sleep(REST_S)
 
     def _expects_news(self, actor: ShardActor) -> bool:
-        if trio.current_time() < self._opening.get(actor.shard, 0.0):
+        now = trio.current_time()
+        if now < self._opening.get(actor.shard, 0.0):
             return True
-        return actor.leads and (bool(actor.placement.learners) or not actor.settled)
+        if not actor.leads or actor.placement.learners:
+            return actor.leads
+        young = actor.reign is not None and now - actor.reign.since < SETTLING_S
+        return not actor.settled and (young or actor.shard in self.stages)
 
     async def _wake_when_changed(self, actor: ShardActor) -> None:
         await actor.changed()
@@ -291,14 +298,16 @@ class Mover:
         return known is None or not known.tells_shards or name in self._members.holders(shard)
 
     def _others(self, actor: ShardActor) -> int:
-        """Replicas of the other shards that we lead on their way: they take what they lack from us."""
-        return sum(
-            len(one.placement.learners)
-            + len(self._brought.get(one.shard, ()))
-            + (one.shard in self._bringing)
-            for one in self._holdings.actors.values()
-            if one.leads and one is not actor
-        )
+        """Replicas of the other shards that we lead on their way: they take what they lack from us. Not those whose host is dead
+        or rests: they take nothing, and may be so for long."""
+        names: list[str] = []
+        bringing = 0
+        for one in self._holdings.actors.values():
+            if one.leads and one is not actor:
+                names += [name for name, _ in one.placement.learners]
+                names += self._brought.get(one.shard, ())
+                bringing += one.shard in self._bringing
+        return bringing + sum(self._alive(name) and not self._duty.rests(name) for name in names)
 
     def _first_is_fit(self, actor: ShardActor, target: Sequence[str]) -> bool:
         """Whether the preferred primary has been fit to lead for long enough. A stand-in is nobody's preference."""

@@ -15,7 +15,7 @@ from node.arrivals import IN_MAX, Arrivals
 from node.config import ClusterConfig
 from node.duty import Duty
 from node.fetching import Fetcher
-from node.mover import AGAIN_S, CALL_S, EVERY_S, OUT_MAX, Mover
+from node.mover import AGAIN_S, CALL_S, EVERY_S, OUT_MAX, SETTLING_S, Mover
 from node.peerlink import PeerTimeoutError, RemoteError
 from node.placement import Placement
 from node.shard import ShardActor
@@ -181,6 +181,45 @@ def test_two_go_out_at_a_time_and_who_has_lost_a_voter_comes_first(tmp_path: Pat
     in_virtual_time(too_many_out, tmp_path)
 
 
+async def out_to_the_gone(path: Path) -> None:
+    """Two that are to come to dead or resting hosts, and one that can go."""
+    actors = {shard: Led(shard, "a", "b") for shard in range(3)}
+    for shard, name in ((0, "dead"), (1, "rests")):
+        actors[shard].placement = Placement((("a", 1), ("b", 2)), ((name, 9),))
+    targets = (("a", "b", "dead"), ("a", "b", "rests"), ("a", "b", "c"))
+    for actor in actors.values():
+        actor.is_level = lambda name: name in ("a", "b")  # type: ignore[method-assign]
+    mover, links = mover_of(actors, targets, path)
+    assert mover._others(actors[2]) == 1  # type: ignore[arg-type]
+    mover._duty.rests = lambda name: name == "rests"  # type: ignore[method-assign]
+    assert mover._others(actors[2]) == 0  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(mover.run)
+        await trio.sleep(4 * EVERY_S)
+        nursery.cancel_scope.cancel()
+    assert 2 in links.brought()
+
+
+def test_learners_whose_host_is_dead_or_rests_hold_up_no_other_move(tmp_path: Path) -> None:
+    in_virtual_time(out_to_the_gone, tmp_path)
+
+
+async def unsettled(path: Path) -> None:
+    actor = Led(0, "a", "b")
+    actor.settled = False
+    mover, _ = mover_of({0: actor}, (("a", "b"),), path)
+    actor.reign.since = trio.current_time()
+    assert mover._expects_news(actor)  # type: ignore[arg-type]
+    await trio.sleep(SETTLING_S + 0.1)
+    assert not mover._expects_news(actor)  # type: ignore[arg-type]
+    mover.stages[0] = "c learns"
+    assert mover._expects_news(actor)  # type: ignore[arg-type]
+
+
+def test_an_unsettled_shard_with_nothing_on_its_way_wakes_nobody_for_long(tmp_path: Path) -> None:
+    in_virtual_time(unsettled, tmp_path)
+
+
 class Opening:
     """As Holdings: a replica that is brought takes a while to be there."""
 
@@ -265,6 +304,12 @@ async def too_many_in() -> None:
     held.fails = False
     await ask_all(8)
     assert done == [8]
+    # Nobody knows who leads what was to come: it may never come, and the next does not wait for it.
+    await ask_all(9)
+    assert busy == [9]
+    held.actors[8].primary = held.actors[6].primary = ""
+    await ask_all(9, 10, 11)
+    assert (len(done), len(busy)) == (IN_MAX, 1)
 
 
 def test_two_come_in_at_a_time_whoever_asks_at_the_same_moment_and_leavers_do_not_count() -> None:
