@@ -215,12 +215,8 @@ def _follow(
     empty: str = "",
 ) -> None:
     """Shows the moves that are `mine` until there are none; `shards`: those that they are of, None: any. `empty`: the node that
-    shall hold nothing in the end."""
+    shall hold and witness nothing in the end."""
     watched = None if shards is None else set(shards)
-
-    def over(found: dict[str, Any]) -> bool:
-        unknown = [shard for shard in found["unknown"] if watched is None or shard in watched]
-        return not mine(found) and not unknown and not found["silent"] and not found["held"].get(empty)
 
     async def follow() -> None:
         told_at = trio.current_time()
@@ -232,7 +228,7 @@ def _follow(
                             found = await client.moves()
                             told_at = trio.current_time()
                             bars.show(mine(found))
-                            if over(found):
+                            if is_over(found, watched, mine(found), empty):
                                 return
                             await trio.sleep(EVERY_S)
                 except (gmco.Unavailable, gmco.DeadlineExceeded):
@@ -241,6 +237,14 @@ def _follow(
                     await trio.sleep(EVERY_S)
 
     run(follow, interrupted=interrupted)
+
+
+def is_over(found: dict[str, Any], watched: set[int] | None, mine: list[dict[str, Any]], empty: str) -> bool:
+    """Whether there is nothing left to wait for; the arguments as in `_follow`."""
+    unknown = [shard for shard in found["unknown"] if watched is None or shard in watched]
+    # Nodes of an older build tell of no witnesses.
+    left = found["held"].get(empty) or found.get("witnessed", {}).get(empty)
+    return not mine and not unknown and not found["silent"] and not left
 
 
 class _Bars:

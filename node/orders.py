@@ -75,13 +75,19 @@ class Orders:
         found = await self._rows()
         seen = overview(found["replicas"], layout.version, layout.wished())
         held: dict[str, int] = {}
+        # Of those that it witnesses, too, a node must be free before it can be stopped. Any replica that names it counts: who
+        # follows slowly may be asked for its vote yet.
+        witnessed: dict[str, set[int]] = {}
         for row in found["replicas"]:
             held[row["node"]] = held.get(row["node"], 0) + 1
+            if row.get("witness"):
+                witnessed.setdefault(row["witness"], set()).add(row["shard"])
         return {
             "moves": [asdict(one) for one in seen.moves],
             "unknown": list(seen.unknown),
             "silent": found["silent"],
             "held": held,
+            "witnessed": {name: len(shards) for name, shards in witnessed.items()},
             "layout": {"version": layout.version, "hash": layout.hash},
         }
 

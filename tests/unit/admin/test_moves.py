@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from admin.moves import _Bars, figures
+from admin.moves import _Bars, figures, is_over
 from admin.terminal import Output
 
 
@@ -64,3 +64,10 @@ def test_figures_are_those_that_are_known() -> None:
         "a", "d", "copying", percent=41.0, bytes=120e6, total_bytes=290e6, bytes_per_s=49e6, eta_s=3.5
     )
     assert figures(copying) == "41%, 120 MB of 290 MB, 49 MB/s, 3.5 s left"
+
+
+def test_a_node_is_drained_once_it_witnesses_nothing_either() -> None:
+    found: dict[str, Any] = {"moves": [], "unknown": [], "silent": [], "held": {"a": 4}, "layout": {}}
+    assert not is_over(found, None, [], "a")
+    assert is_over(found, None, [], "w")
+    assert not is_over(found | {"witnessed": {"w": 1}}, None, [], "w")

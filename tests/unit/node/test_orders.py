@@ -212,6 +212,22 @@ async def test_a_drain_hands_over_first_and_is_taken_back_when_the_layout_cannot
 
 
 @on_trio
+async def test_the_list_counts_what_each_node_holds_and_witnesses(tmp_path: Path) -> None:
+    """`gmco drain` waits for both. One that only follows and still names the old witness counts, too."""
+    one = await world(tmp_path)
+    named = [(0, "a", "c"), (0, "b", "c"), (1, "a", "c"), (1, "b", "")]
+    rows = [{"shard": shard, "node": node, "role": "replica", "witness": w} for shard, node, w in named]
+
+    async def told() -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        return {"replicas": rows, "silent": []}
+
+    one.nodes["a"].orders._rows = told
+    found = await one.order("list")
+    assert (found["held"], found["witnessed"]) == ({"a": 2, "b": 2}, {"c": 2})
+
+
+@on_trio
 async def test_maintenance_gives_up_handing_over_in_time_and_says_what_it_kept(tmp_path: Path) -> None:
     one = await world(tmp_path)
     b = one.nodes["b"]
