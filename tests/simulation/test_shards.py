@@ -86,7 +86,7 @@ NOTICED = {
     "ack-before-fsync": 0,
     "stream-unsynced": 0,
     "promise-not-persisted": 0,
-    "no-start-wait": 23,
+    "no-start-wait": 24,
     "log-not-compared": 12,
     "lower-epoch-accepted": 2,
     "write-on-after-restart": 0,
