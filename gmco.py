@@ -8,6 +8,7 @@ node, which has the answer in its cache, while there is a connection to it. The 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 import random
@@ -16,7 +17,6 @@ import ssl
 import struct
 import threading
 import urllib.parse
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -377,7 +377,7 @@ class Client:
         self._why: dict[str, GmcoError] = {}  # of nodes that could not be connected to, until they can
         self._dialling = trio.Lock()
         self._wanted: set[str] = set()  # being connected to for users' sake
-        self._seeds = {url: zlib.crc32(url.encode()) for url in self._urls}
+        self._seeds = {url: hashlib.blake2b(url.encode(), digest_size=16).digest() for url in self._urls}
         self._calls: set[trio.CancelScope] = set()
         self._closed = False
 
@@ -775,8 +775,13 @@ class Client:
         """
         if self._closed:
             return None
-        now, user = trio.current_time(), zlib.crc32(str(user_id).encode())
-        for url in sorted(self._urls, key=lambda url: hash((self._seeds[url], user)), reverse=True):
+        now, user = trio.current_time(), str(user_id).encode()
+
+        def weight(url: str) -> bytes:
+            # Addresses often differ in one digit: a checksum would give some node hardly anybody.
+            return hashlib.blake2b(user, digest_size=8, key=self._seeds[url]).digest()
+
+        for url in sorted(self._urls, key=weight, reverse=True):
             if self._not_before[url] > now:
                 continue  # away, or refuses
             link = self._links.get(url)

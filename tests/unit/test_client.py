@@ -392,10 +392,10 @@ def test_a_users_requests_go_to_one_node_and_to_another_one_when_that_is_gone() 
             shares = [sum(counts[i] for counts in first.values()) / 5 for i in range(3)]
             assert min(shares) >= 8, shares
             async with gmco.connect(urls[::-1]) as other:
-                for user in range(3):
+                for user in range(60):
                     await other.recommend(user)
                 while len(other._links) < 3:
-                    await other.recommend(0)
+                    await trio.sleep(0.01)
                 before = [len(b.requests) for b in backends]
                 for user in range(60):
                     await other.recommend(user)

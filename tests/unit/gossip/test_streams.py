@@ -209,7 +209,7 @@ async def test_the_connecting_side_ends_an_exchange() -> None:
         a.send(b.address, Ping(1, 0, 0), stream=True)
         await until(lambda: a.machine.parts == [Ack(1)])
         await until(
-            lambda: a.agent.statistics().streams.open_out == b.agent.statistics().streams.open_in == 0, 1
+            lambda: a.agent.statistics().streams.open_out == b.agent.statistics().streams.open_in == 0, 4
         )
         assert a.machine.failures == []
 
