@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-WORKERS ?= 3
+WORKERS ?= 2
 
 .PHONY: setup demo test soak lint types contracts check clean
 
@@ -24,7 +24,7 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.demo
 	@$(BIN)/gmco demo $(ARGS)
 
-# Three at a time on two cores: the tests with real processes mostly wait. A file's tests stay together, for they share their daemons.
+# Two at a time: the tests with real processes mostly wait. A file's tests stay together, for they share their daemons.
 test: setup
 	@$(BIN)/python -m pytest -m 'not soak' -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)
 

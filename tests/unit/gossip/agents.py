@@ -163,7 +163,7 @@ async def host(
         nursery.cancel_scope.cancel()
 
 
-async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 15.0) -> None:
     """Returns when the condition holds; fails when it does not within `seconds`."""
     with trio.fail_after(seconds):
         while not condition():
@@ -176,7 +176,7 @@ def on_trio(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         async def limited() -> None:
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await test(*args, **kwargs)
 
         trio.run(limited)
