@@ -20,10 +20,10 @@ import trio
 
 from node.blocking import Runner
 from node.config import CacheConfig
-from node.l1breaker import L1Breaker
 from node.logs import Every
 from node.pending import Deadlines, Pending
 from node.redistrips import Brought, Put, RedisTrips
+from router.breaker import Breaker
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +37,8 @@ VALUE_BYTES_MAX = 256 << 10
 FULL_S = 1.0
 GATHER_S = 0.001
 COMPLAIN_EVERY_S = 60.0
+# Trips that fail in a row until Redis is left alone: each may have cost a query half its time.
+FAILURES_MAX = 3
 
 
 class Ask(Pending[list[bytes | None]]):
@@ -76,7 +78,7 @@ class RedisStore:
     def __init__(self, config: CacheConfig, thread: Runner) -> None:
         self._timeout_s = config.redis_timeout_ms / 1000
         self._trips, self._thread = RedisTrips(config), thread
-        self._breaker = L1Breaker()
+        self._breaker = Breaker(FAILURES_MAX)
         self._asks: deque[Ask] = deque()
         self._puts: deque[Put] = deque()
         self._put_bytes = 0
@@ -96,7 +98,7 @@ class RedisStore:
         now = trio.current_time()
         self.counters.gets += len(keys)
         wait_s = min(self._timeout_s, deadline - now)
-        if not self._running or not self._breaker.allows(now) or wait_s <= 0:
+        if not self._running or not self._breaker.may(now) or wait_s <= 0:
             self.counters.shut += 1
             return [None] * len(keys)
         stuck = self._away_since is not None and now - self._away_since > self._timeout_s
@@ -113,7 +115,7 @@ class RedisStore:
         """As `router.ports.Store.put`."""
         now = trio.current_time()
         over = len(value) > VALUE_BYTES_MAX or self._put_bytes + len(value) > PUT_BYTES_MAX
-        if over or not self._running or now < self._full_until or not self._breaker.allows(now):
+        if over or not self._running or now < self._full_until or not self._breaker.may(now):
             self.counters.refused_puts += 1
             return
         self._puts.append(Put(key, value, int(1000 * ttl_s)))
@@ -151,23 +153,24 @@ class RedisStore:
         if not asks and not puts:
             return
         now = trio.current_time()
-        if not self._breaker.allows(now):
+        if not self._breaker.may(now):
             self._settle(asks, ())
             return
         keys = [key for ask in asks for key in ask.keys]
-        self._breaker.begin()
+        probe = self._breaker.began(now)
         self._away_since, began = now, time.perf_counter_ns()
         try:
             # Not outlived by its thread: the sockets' timeouts bound it.
             brought = await self._thread(self._trips.go, keys, puts)
         except Exception as error:  # whatever a broken or foreign server makes the library raise
-            self._failed(error)
+            self._failed(error, probe)
             self._settle(asks, ())
             await self._thread(self._trips.forget)
-        except BaseException:  # cancelled: a probe must not be under way for ever
-            self._breaker.failed(now)
+        except BaseException:  # cancelled
+            self._breaker.given_up(probe)
             raise
         else:
+            self._breaker.succeeded(probe)
             self._succeeded(asks, puts, brought)
         finally:
             self._settle(asks, ())
@@ -185,7 +188,6 @@ class RedisStore:
         return puts
 
     def _succeeded(self, asks: Sequence[Ask], puts: Sequence[Put], brought: Brought) -> None:
-        self._breaker.succeeded()
         self.counters.puts += len(puts)
         if brought.full:
             self.counters.full += brought.full
@@ -193,16 +195,17 @@ class RedisStore:
             self._complain("it has no memory for values; give it more, or a maxmemory-policy that evicts")
         self._settle(asks, brought.values)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, probe: bool) -> None:
         self.counters.failures += 1
-        if self._breaker.failed(trio.current_time()):
+        self._breaker.failed(trio.current_time(), probe)
+        if not self._breaker.closed:
             self._shut()
         self._complain(f"{type(error).__name__}: {error}")
 
     def _complain(self, reason: str) -> None:
         if (held_back := self._complaints.due()) is not None:
             log.warning(
-                "l1_troubled", reason=reason[:500], breaker=self._breaker.state, held_back=held_back,
+                "l1_troubled", reason=reason[:500], breaker=self._state(), held_back=held_back,
                 what="queries are answered without Redis meanwhile",
             )  # fmt: skip
 
@@ -222,6 +225,9 @@ class RedisStore:
             if not ask.over:
                 ask.settle(outcome.Value(found))
 
+    def _state(self) -> str:
+        return "closed" if self._breaker.closed else "open"
+
     def _bytes(self, value: object) -> bytes | None:
         if value is None:
             return None
@@ -236,6 +242,6 @@ class RedisStore:
         return {
             **asdict(self.counters),
             **waiting,
-            "breaker": self._breaker.state,
+            "breaker": self._state(),
             "opened": self._breaker.opened,
         }

@@ -1,7 +1,7 @@
-"""A circuit breaker: a peer that fails again and again is left alone, and tried now and then. Pure.
+"""A circuit breaker: a peer, or Redis, that fails again and again is left alone, and tried now and then. Pure.
 
 Laws (docs/fan-out.md, `open-is-avoided`):
-- Closed until RUN failures in a row, or until half of the last WINDOW outcomes are failures.
+- Closed until `run` failures in a row, or until half of the last WINDOW outcomes are failures.
 - Open for `pause`: OPEN_S at first, twice as long after each failed probe, at most OPEN_MAX_S.
 - Then half open: one request is the probe. Its success closes, its failure opens again; one that is given up
   without an outcome lets the next be the probe.
@@ -25,9 +25,11 @@ OPEN_MAX_S = 10.0
 class Breaker:
     """`may` says whether to ask; each request that is asked tells `began`, and then one of the outcomes."""
 
-    __slots__ = ("_outcomes", "_probing", "_run", "_until", "opened", "pause_s")
+    __slots__ = ("_outcomes", "_probing", "_run", "_run_max", "_until", "opened", "pause_s")
 
-    def __init__(self) -> None:
+    def __init__(self, run: int = RUN) -> None:
+        """run: so many failures in a row open it."""
+        self._run_max = run
         self.opened = 0
         self.pause_s = OPEN_S
         # None: closed. Else when it stops being open.
@@ -64,7 +66,9 @@ class Breaker:
             self._probing = False
             self.pause_s = min(2 * self.pause_s, OPEN_MAX_S)
             self._until = now + self.pause_s
-        elif self._until is None and (self._run >= RUN or self._outcomes.bit_count() >= WINDOW // 2):
+        elif self._until is None and (
+            self._run >= self._run_max or self._outcomes.bit_count() >= WINDOW // 2
+        ):
             self._until = now + self.pause_s
             self.opened += 1
             # What it does after this is judged by itself.

@@ -215,3 +215,15 @@ def put_down(daemons: Sequence[Daemon]) -> None:
         if daemon.running:
             daemon.signal(signal.SIGCONT)
             daemon.kill()
+
+
+def gmco_cluster(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What an operator types, asked of that node."""
+    return subprocess.run(
+        [sys.executable, "-m", "admin.cli", "cluster", *arguments, "--node", daemon.url],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )

@@ -17,6 +17,8 @@ import gmco
 DIM = 16
 KEYS = 40
 TIMEOUT_S = 15.0
+# Elections, catching up and offering again included.
+SETTLE_S = 60.0
 
 
 @dataclass(slots=True)
@@ -129,3 +131,11 @@ def replicas_differ(client: gmco.BlockingClient) -> str:
         return f"shards {set(by_shard) - leaders} have no primary"
     apart = {shard: sorted(states) for shard, states in by_shard.items() if len(states) > 1}
     return f"replicas differ: {apart}" if apart else ""
+
+
+def wait_alike(client: gmco.BlockingClient) -> None:
+    """Until all replicas hold the same; fails when they do not in a while."""
+    deadline = time.monotonic() + SETTLE_S
+    while why := replicas_differ(client):
+        assert time.monotonic() < deadline, why
+        time.sleep(0.1)

@@ -18,7 +18,7 @@ import trio
 
 import gmco
 from tests.processes.cluster import Daemon, cluster
-from tests.processes.ledger import DIM, TIMEOUT_S, Writer, replicas_differ
+from tests.processes.ledger import DIM, TIMEOUT_S, Writer, wait_alike
 
 SETTLE_S = 60.0
 # Clients that connect at one moment.
@@ -96,13 +96,6 @@ async def a_primary_dies(daemons: list[Daemon], crowd: Crowd) -> None:
         daemons[0].start(wait=False)
         await crowd.all_have_written()
         crowd.stop = True
-
-
-def wait_alike(client: gmco.BlockingClient) -> None:
-    deadline = time.monotonic() + SETTLE_S
-    while why := replicas_differ(client):
-        assert time.monotonic() < deadline, why
-        time.sleep(0.1)
 
 
 def connections(folder: Path, count: int, pause_s: float) -> None:

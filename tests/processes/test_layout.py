@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 
 import gmco
-from tests.processes.cluster import ROOT, Daemon, cluster, free_ports, member, put_down
+from tests.processes.cluster import Daemon, cluster, free_ports, gmco_cluster, member, put_down
 
 CALL_S = 20.0
 
@@ -24,16 +22,6 @@ CALL_S = 20.0
 def ask(daemon: Daemon, action: Any, **fields: Any) -> dict[str, Any]:
     with gmco.connect_blocking([daemon.url], timeout_s=CALL_S) as client:
         return client.cluster(action, fields)
-
-
-def gmco_cluster(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "admin.cli", "cluster", *arguments, "--node", daemon.url],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def code_of(do: Callable[[], object]) -> str:

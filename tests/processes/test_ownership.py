@@ -17,7 +17,7 @@ import pytest
 import gmco
 from tests.processes.cluster import Daemon, cluster, free_ports, member, put_down
 from tests.processes.faults import Nemesis, Proxy
-from tests.processes.ledger import DIM, TIMEOUT_S, Writer, replicas_differ
+from tests.processes.ledger import DIM, TIMEOUT_S, Writer, wait_alike
 
 SETTLE_S = 40.0
 
@@ -52,13 +52,6 @@ def proxied(folder: Path, count: int) -> Iterator[tuple[list[Daemon], list[Proxy
         put_down(daemons)
         for proxy in proxies:
             proxy.close()
-
-
-def wait_alike(client: gmco.BlockingClient) -> None:
-    deadline = time.monotonic() + SETTLE_S
-    while why := replicas_differ(client):
-        assert time.monotonic() < deadline, why
-        time.sleep(0.1)
 
 
 def wait_no_primary(client: gmco.BlockingClient) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import gmco
 from tests.processes.cluster import Daemon, free_ports, member, put_down
-from tests.processes.ledger import DIM, TIMEOUT_S, Writer, replicas_differ
+from tests.processes.ledger import DIM, TIMEOUT_S, Writer, wait_alike
 
 SIZE_MIB = 512
 TOOLS = ("mkfs.xfs", "xfs_io", "mount", "umount", "losetup")
@@ -92,13 +92,6 @@ def disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Disk]:
         yield made
     finally:
         subprocess.run(["umount", "-l", str(made.folder)], capture_output=True, check=False)
-
-
-def wait_alike(client: gmco.BlockingClient) -> None:
-    deadline = time.monotonic() + SETTLE_S
-    while why := replicas_differ(client):
-        assert time.monotonic() < deadline, why
-        time.sleep(0.1)
 
 
 def nodes(folder: Path, disk: Path) -> list[Daemon]:

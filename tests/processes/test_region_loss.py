@@ -4,48 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import gmco
-from tests.processes.cluster import Daemon, free_ports, member, put_down
-from tests.processes.ledger import DIM, TIMEOUT_S, Writer, replicas_differ
+from tests.processes.cluster import cluster
+from tests.processes.ledger import DIM, TIMEOUT_S, Writer, wait_alike
 
 SHARDS = 6
 REGIONS = ("east", "north", "west")
-
-
-@contextmanager
-def regions(folder: Path) -> Iterator[dict[str, list[Daemon]]]:
-    """Two nodes in each of three regions, ready, by region."""
-    ports = free_ports(12)
-    by_region: dict[str, list[Daemon]] = {region: [] for region in REGIONS}
-    for i in range(6):
-        region = REGIONS[i % 3]
-        by_region[region].append(
-            member(
-                folder,
-                f"node-{i + 1}",
-                ports[2 * i : 2 * i + 2],
-                ports[:1],
-                bootstrap=6,
-                storage=f"dim = {DIM}",
-                shard_count=SHARDS,
-                place=f'region = "{region}"\nzone = "{region}-{i // 3}"',
-            )
-        )
-    daemons = [daemon for some in by_region.values() for daemon in some]
-    try:
-        for daemon in daemons:
-            daemon.start(wait=False)
-        for daemon in daemons:
-            daemon.wait_ready()
-        yield by_region
-    finally:
-        put_down(daemons)
 
 
 def primaries(client: gmco.BlockingClient) -> dict[int, str]:
@@ -65,7 +33,8 @@ def whole(client: gmco.BlockingClient) -> bool:
 
 def test_a_region_is_lost_and_then_another(tmp_path: Path) -> None:
     """`reads-go-on`: with one of three replicas gone everything goes on, with two gone reads do."""
-    with regions(tmp_path) as by_region:
+    with cluster(tmp_path, 6, storage=f"dim = {DIM}", shard_count=SHARDS, regions=REGIONS) as daemons:
+        by_region = {region: daemons[i::3] for i, region in enumerate(REGIONS)}
         left = [*by_region["north"], *by_region["west"]]
         stop = threading.Event()
         with gmco.connect_blocking([by_region["west"][0].url], timeout_s=TIMEOUT_S) as client:
@@ -112,10 +81,7 @@ def test_a_region_is_lost_and_then_another(tmp_path: Path) -> None:
 
             for daemon in [*by_region["east"], *by_region["north"]]:
                 daemon.start(wait=False)
-            until = time.monotonic() + 4 * TIMEOUT_S
-            while why := replicas_differ(client):
-                assert time.monotonic() < until, why
-                time.sleep(0.2)
+            wait_alike(client)
             for writer in writers:
                 writer.check_end(client)
             assert not [problem for writer in writers for problem in writer.problems]

@@ -15,8 +15,7 @@ import numpy as np
 
 import gmco
 from tests.processes.cluster import Daemon, cluster
-from tests.processes.ledger import replicas_differ
-from tests.processes.test_ownership import wait_alike
+from tests.processes.ledger import replicas_differ, wait_alike
 
 # So that what memory keeps of a log (4 MiB) does not reach back either.
 DIM = 256

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import gmco
-from tests.processes.cluster import ROOT, Daemon, free_ports, member, put_down
-from tests.processes.ledger import DIM, TIMEOUT_S, Writer, replicas_differ
+from tests.processes.cluster import Daemon, free_ports, gmco_cluster, member, put_down
+from tests.processes.ledger import DIM, TIMEOUT_S, Writer, wait_alike
 
 SETTLE_S = 20.0
 SHARDS = 4
@@ -44,27 +42,9 @@ def two_hosts(folder: Path) -> Iterator[tuple[list[Daemon], Daemon]]:
         put_down([*data, third])
 
 
-def gmco_cluster(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "admin.cli", "cluster", *arguments, "--node", daemon.url],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def put(client: gmco.BlockingClient, first: int, ack: str, timeout_s: float = TIMEOUT_S) -> None:
     items = [gmco.Item(i, [1.0] * DIM, (), {"value": 0}) for i in range(first, first + 40)]
     client.put_items(items, ack=ack, timeout_s=timeout_s)  # type: ignore[arg-type]
-
-
-def wait_alike(client: gmco.BlockingClient) -> None:
-    deadline = time.monotonic() + SETTLE_S
-    while why := replicas_differ(client):
-        assert time.monotonic() < deadline, why
-        time.sleep(0.1)
 
 
 def wait_witnessed(client: gmco.BlockingClient) -> None:

@@ -26,6 +26,14 @@ def test_a_run_of_failures_opens_it_and_a_success_between_does_not_let_it() -> N
     assert breaker.closed
 
 
+def test_how_many_in_a_row_is_for_its_owner_to_say() -> None:
+    breaker = Breaker(2)
+    breaker.failed(0.0, False)
+    assert breaker.closed
+    breaker.failed(0.0, False)
+    assert not breaker.closed
+
+
 def test_half_of_the_last_ones_open_it() -> None:
     breaker = Breaker()
     for _ in range(WINDOW // 2):
